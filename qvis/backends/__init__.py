@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What runs a machine. Each backend says what it can do and how to launch.
+
+Backends are found by the entry point group ``qvis.backends``, so that another
+package can bring one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import InfraError, UsageError
+from ..spec import MachineSpec
+
+__all__ = ["Backend", "Choice", "Launch", "Probe", "available", "choose"]
+
+GROUP = "qvis.backends"
+PREFERENCE = ("kvm", "tcg")  # the order in which "auto" tries them
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether a backend works here, and the reason either way."""
+
+    works: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start one machine: the command line and where its numbers come from."""
+
+    command: list[str]
+    provenance: dict[str, Any]
+
+
+class Backend(Protocol):
+    """Turns a :class:`MachineSpec` into a process that speaks QMP and SSH.
+
+    The process runs with the machine's ``folder`` as its working directory and
+    is expected to serve QMP on the Unix sockets that
+    :func:`qvis.folder.qmp_sockets` names, a serial console on
+    ``console.sock`` (copied to ``console.log``), and SSH on a loopback port.
+    """
+
+    name: str
+    slowdown: float
+    """How much longer than on hardware a boot may take; scales every deadline."""
+
+    def probe(self) -> Probe:
+        """Try the backend for real; quick, or remembered from an earlier try."""
+
+    def base_initramfs(self) -> Path:
+        """The initramfs to which a machine's own keys are appended."""
+
+    def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
+        """How to start ``spec`` in ``folder``; ``incoming`` waits for a migration."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend taken and why."""
+
+    backend: Backend
+    reason: str
+
+
+def available() -> dict[str, Backend]:
+    """All installed backends by name."""
+    return {point.name: point.load()() for point in entry_points(group=GROUP)}
+
+
+def choose(name: str) -> Choice:
+    """The backend called ``name``; ``auto`` takes the first that works.
+
+    Raises :class:`UsageError` for an unknown name and :class:`InfraError` when
+    the one asked for, or all of them, do not work here, with the reasons.
+    """
+    backends = available()
+    if name != "auto":
+        if name not in backends:
+            known = ", ".join(["auto", *sorted(backends)])
+            raise UsageError(f"unknown backend {name!r}: choose one of {known}")
+        probe = backends[name].probe()
+        if not probe.works:
+            raise InfraError(f"backend {name} does not work here: {probe.reason}", stage="backend")
+        return Choice(backends[name], "as asked")
+
+    refused: list[str] = []
+    for candidate in PREFERENCE:
+        probe = backends[candidate].probe()
+        if probe.works:
+            return Choice(
+                backends[candidate], "; ".join([*refused, f"{candidate}: {probe.reason}"])
+            )
+        refused.append(f"not {candidate}: {probe.reason}")
+    raise InfraError(f"no backend works here: {'; '.join(refused)}", stage="backend")

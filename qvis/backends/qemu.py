@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the backends that run QEMU share: the microvm and its command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..build import Artifacts, build_all
+from ..folder import CONSOLE_LOG, CONSOLE_SOCKET, INITRD, MIGRATION_SOCKET, qmp_sockets
+from ..spec import MachineSpec
+from . import Launch, Probe
+
+__all__ = ["QemuBackend", "command_line"]
+
+# Why each is there:
+#   reboot=t, panic=-1   a shutdown or a panic ends QEMU at once (with -no-reboot)
+#   loglevel=6           notices and worse: enough to see why a boot failed
+#   virtio_blk.managed_irqs=0  leaves the queues' interrupts to the administrator;
+#                        a kernel without our series ignores it
+KERNEL_COMMAND_LINE = (
+    "console=ttyS0 reboot=t panic=-1 loglevel=6 random.trust_cpu=on virtio_blk.managed_irqs=0"
+)
+KERNEL_HZ = 100  # CONFIG_HZ in guest-kernel/
+DISK_SIZE = 1 << 30  # bytes; null-co, so it costs nothing
+
+
+class QemuBackend:
+    """A machine in the QEMU that qvis built; subclasses choose the accelerator."""
+
+    name: str
+    slowdown: float
+    accelerator: str
+    cpu: str
+
+    def probe(self) -> Probe:
+        raise NotImplementedError
+
+    def kernel_options(self) -> str:
+        """What this accelerator adds to the kernel's command line."""
+        return ""
+
+    def artifacts(self) -> Artifacts:
+        """What the machine is made of, built now if it is not there yet."""
+        return build_all()
+
+    def base_initramfs(self) -> Path:
+        return self.artifacts().initramfs
+
+    def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
+        artifacts = self.artifacts()
+        command = command_line(
+            spec,
+            artifacts,
+            accelerator=self.accelerator,
+            cpu=self.cpu,
+            kernel_options=self.kernel_options(),
+            sockets=qmp_sockets(folder),
+        )
+        if incoming:
+            command += ["-incoming", f"unix:{MIGRATION_SOCKET}"]
+        provenance = {
+            "backend": self.name,
+            "accelerator": self.accelerator,
+            "qemu": artifacts.qemu.version,
+            "qemu_series": artifacts.qemu.series,
+            "linux": artifacts.linux.version,
+            "linux_series": artifacts.linux.series,
+        }
+        return Launch(command, provenance)
+
+
+def command_line(
+    spec: MachineSpec,
+    artifacts: Artifacts,
+    *,
+    accelerator: str,
+    cpu: str,
+    kernel_options: str,
+    sockets: Mapping[str, Path],
+) -> list[str]:
+    """QEMU's command line; file names in it are relative to the machine's folder."""
+    transport = spec.transport
+    machine = {"acpi": "on", "rtc": "on", **transport.machine_options()}
+    options = "".join(f",{key}={value}" for key, value in machine.items())
+    command = [
+        str(artifacts.qemu.binary),
+        *("-L", str(artifacts.qemu.firmware)),
+        *("-name", f"qvis-{spec.name}"),
+        *("-M", f"microvm{options}"),
+        *("-accel", accelerator),
+        *("-cpu", cpu),
+        *("-smp", str(spec.smp)),
+        *("-m", f"{spec.memory}M"),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none"),
+        *("-kernel", str(artifacts.linux.image)),
+        *("-initrd", INITRD),
+        *("-append", f"{KERNEL_COMMAND_LINE} {kernel_options}".strip()),
+        *("-chardev", f"socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off,"
+          f"logfile={CONSOLE_LOG}"),
+        *("-serial", "chardev:console"),
+        *("-global", "virtio-mmio.force-legacy=false"),
+    ]  # fmt: skip
+    for setting in transport.properties(spec.queues):
+        command += ["-global", setting]
+    for name, path in sockets.items():
+        command += ["-chardev", f"socket,id={name},path={path.name},server=on,wait=off"]
+        command += ["-mon", f"chardev={name},mode=control"]
+    command += [
+        *("-blockdev", f"driver=null-co,node-name=disk0,size={DISK_SIZE},read-zeroes=on"),
+        *("-device", f"{transport.device('blk')},drive=disk0,num-queues={spec.queues},id=blk0"),
+        *("-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22"),
+        *("-device", f"{transport.device('net')},netdev=net0,id=nic0"),
+        *("-object", "rng-random,id=rng0,filename=/dev/urandom"),
+        *("-device", f"{transport.device('rng')},rng=rng0,id=random0"),
+    ]
+    return command

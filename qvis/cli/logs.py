@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qvis logs``"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..folder import CONSOLE_LOG, QEMU_LOG, find
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = find(args.name)
+    for title, name in (("console", CONSOLE_LOG), ("QEMU", QEMU_LOG)):
+        path = folder / name
+        text = path.read_text(errors="replace") if path.exists() else ""
+        print(f"== {title}: {path}")
+        print(text.replace("\r", ""), end="" if text.endswith("\n") else "\n")
+    return 0

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Following a boot stage by stage, each with its own deadline.
+
+The stages up to ``ssh`` are read off the serial console, which works without
+any of the interrupts under test. Whatever goes wrong, the error names the
+stage and shows the last lines that the guest or QEMU printed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BootError, InfraError, QvisError
+from ..folder import CONSOLE_LOG, EXIT, QEMU_LOG, Folder
+from ..process import tail
+from ..spec import MachineSpec
+
+__all__ = ["Boot", "Stage", "time_scale"]
+
+POLL = 0.01  # seconds between looks at the console
+PANIC = "Kernel panic - not syncing"
+# How long the rest of a panic's text may take to arrive before it is shown.
+PANIC_SETTLE = 0.5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a boot: it ends when ``marker`` is on the console.
+
+    ``deadline`` is in seconds on an idle host with hardware virtualization.
+    """
+
+    name: str
+    marker: str
+    deadline: float
+
+
+CONSOLE_STAGES = (
+    Stage("firmware", "Linux version ", 5),
+    Stage("kernel", "qvis-stage: init", 15),
+    Stage("init", "qvis-stage: network", 10),
+    Stage("network", "qvis-stage: ssh", 5),
+)
+LAUNCH_DEADLINE = 20.0  # seconds of the host, which no accelerator slows down
+SSH_DEADLINE = 15.0
+
+
+def time_scale(spec: MachineSpec, slowdown: float) -> float:
+    """By how much deadlines grow: the backend's slowdown, times the vCPUs a host CPU carries."""
+    return slowdown * max(1.0, spec.smp / len(os.sched_getaffinity(0)))
+
+
+class Boot:
+    """One boot being followed; ``times`` holds each finished stage's seconds."""
+
+    def __init__(self, folder: Folder, scale: float, entered: Callable[[str], None]) -> None:
+        """``entered`` is told the name of each stage as it begins."""
+        self._folder = folder
+        self._scale = scale
+        self._entered = entered
+        self._console = folder / CONSOLE_LOG
+        self.times: dict[str, float] = {}
+
+    def follow_console(self) -> None:
+        """Wait for every console stage in turn.
+
+        Raises :class:`BootError` for a panic, for a guest that ended, and for a
+        stage over its deadline; :class:`InfraError` when QEMU never started.
+        """
+        for stage in CONSOLE_STAGES:
+            wait = functools.partial(self._wait, stage.marker)
+            self.stage(stage.name, stage.deadline * self._scale, wait)
+
+    def stage(self, name: str, deadline: float, work: Callable[[float], None]) -> None:
+        """Do ``work``, which is given its ``deadline`` in seconds, as the stage ``name``."""
+        self._entered(name)
+        start = time.monotonic()
+        try:
+            work(deadline)
+        except QvisError as problem:
+            problem.stage = name
+            raise
+        self.times[name] = time.monotonic() - start
+
+    def failure(self, message: str, kind: type[QvisError] = BootError) -> QvisError:
+        """An error with what was printed last: by the guest, else by QEMU."""
+        lines = tail(self._console) or tail(self._folder / QEMU_LOG)
+        return kind(message, tail=lines)
+
+    def ended(self) -> QvisError | None:
+        """Why the machine ended, if it did."""
+        if self._folder.alive and not (self._folder / EXIT).exists():
+            return None
+        self._folder.wait_dead(5)
+        qemu = tail(self._folder / QEMU_LOG)
+        status = (self._folder.read(EXIT) or {}).get("status")
+        if not self._text():
+            return InfraError(
+                f"QEMU ended with status {status} before the guest printed anything: "
+                f"{qemu[-1] if qemu else 'it gave no reason'}",
+                tail=qemu,
+            )
+        if status:
+            return self.failure(f"QEMU ended with status {status}: {qemu[-1] if qemu else '?'}")
+        return self.failure("the guest shut down or was reset")
+
+    def _wait(self, marker: str, deadline: float) -> None:
+        end = time.monotonic() + deadline
+        while True:
+            text = self._text()
+            if marker in text:
+                return
+            if PANIC in text:
+                self._folder.wait_dead(PANIC_SETTLE)
+                line = next(line for line in self._text().splitlines() if PANIC in line)
+                raise self.failure(f"the guest panicked: {line.split(PANIC)[1].strip(' :-')}")
+            if problem := self.ended():
+                # What it printed last may have come after we looked.
+                if marker in self._text() and PANIC not in self._text():
+                    return
+                if PANIC in self._text():
+                    continue
+                raise problem
+            if time.monotonic() > end:
+                raise self.failure(
+                    f"no sign of {marker.strip()!r} on the console within {deadline:.0f} s"
+                )
+            time.sleep(POLL)
+
+    def _text(self) -> str:
+        try:
+            return Path(self._console).read_text(errors="replace")
+        except OSError:
+            return ""

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A machine from :func:`up` to :meth:`Machine.down`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from .. import backends
+from ..backends import Backend, Choice
+from ..build import Entry, pack
+from ..errors import BootError, InfraError, LostMachineError, QvisError
+from ..folder import INITRD, LAUNCH, MACHINE, MIGRATION_SOCKET, Folder, claim, running
+from ..guest.interrupts import Interrupts
+from ..openssh import CLIENT_KEY, KNOWN_HOSTS, write_config
+from ..progress import note, step
+from ..spec import MachineSpec
+from ..transport import Transport
+from . import keeper
+from .boot import LAUNCH_DEADLINE, SSH_DEADLINE, Boot, time_scale
+from .console import Console
+from .end import end
+from .qmp import Qmp
+from .ssh import Ssh, host_alias, make_keys
+
+__all__ = ["Machine", "up"]
+
+CLEANUP_DEADLINE = 10.0  # seconds
+MIGRATION_DEADLINE = 60.0
+POLL = 0.02
+FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\S+\s+127\.0\.0\.1\s+(\d+)\s")
+
+
+class Machine:
+    """A running machine.
+
+    A context manager that ends the machine; one that :meth:`detach` was called
+    on, or that :meth:`attach` found, goes on by itself.
+    """
+
+    def __init__(self, folder: Folder, info: dict[str, Any], lifeline: int | None = None) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.info = info
+        """Specification, SSH port, boot times in seconds and provenance, as ``qvis up --json``."""
+        self.spec = MachineSpec.from_json(info["spec"])
+        self._lifeline = lifeline
+        self._qmp: Qmp | None = None
+        self.ssh = Ssh(folder.path, info["ssh_port"])
+
+    @classmethod
+    def attach(cls, name: str) -> Machine:
+        """The machine called ``name`` that somebody started.
+
+        Raises :class:`UsageError` when there is none, and
+        :class:`LostMachineError` when it has died.
+        """
+        folder = running(name)
+        info = folder.read(MACHINE)
+        assert info is not None  # running() saw it
+        return cls(folder, info)
+
+    @property
+    def qmp(self) -> Qmp:
+        """The QMP session of this object, opened when first used."""
+        if self._qmp is None:
+            self._qmp = Qmp(self.folder)
+        return self._qmp
+
+    @property
+    def irqs(self) -> Interrupts:
+        """The guest's interrupts and their affinity."""
+        return Interrupts(self.ssh)
+
+    def console(self) -> Console:
+        """A session on the guest's serial console, which needs no device interrupt."""
+        return Console(self.folder)
+
+    def detach(self) -> None:
+        """Let the machine go on when this process ends."""
+        if self._lifeline is not None:
+            os.write(self._lifeline, keeper.DETACH)
+            os.close(self._lifeline)
+            self._lifeline = None
+
+    def down(self) -> None:
+        """End the machine and remove all that it left."""
+        self.close()
+        end(self.folder)
+
+    def close(self) -> None:
+        """Close this object's connections; a machine of our own ends with them."""
+        self.ssh.close()
+        if self._qmp:
+            self._qmp.close()
+            self._qmp = None
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
+
+    def migrate(self, name: str | None = None) -> Machine:
+        """Move the guest, live, to a new machine on this host, and return that.
+
+        The guest keeps running; this machine is ended. The new one has the same
+        specification and keys and its own name and SSH port. Raises
+        :class:`InfraError` with QEMU's reason when the migration fails; the
+        guest then goes on here.
+        """
+        choice = backends.choose(self.info["provenance"]["backend"])
+        target = _start(self.spec, name, choice, source=self.folder)
+        try:
+            self.qmp("migrate", uri=f"unix:{target.folder / MIGRATION_SOCKET}")
+            limit = time.monotonic() + MIGRATION_DEADLINE
+            self._await_migration(limit)
+            while target.qmp("query-status")["status"] != "running" and time.monotonic() < limit:
+                time.sleep(POLL)
+        except BaseException:
+            target.down()
+            raise
+        self.down()
+        return target
+
+    def _await_migration(self, limit: float) -> None:
+        """Wait until the guest has left; should it not, it goes on here."""
+        while (state := self.qmp("query-migrate"))["status"] != "completed":
+            if state["status"] in {"failed", "cancelled"} or time.monotonic() > limit:
+                with contextlib.suppress(QvisError):
+                    self.qmp("migrate_cancel")
+                    self.qmp("cont")
+                reason = state.get("error-desc", "it took too long")
+                raise InfraError(f"the guest did not move: {reason}", stage="migration")
+            time.sleep(POLL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        owned = self._lifeline is not None
+        self.close()
+        if owned:
+            end(self.folder)
+
+
+def up(
+    *,
+    name: str | None = None,
+    transport: Transport | str = Transport.MSI,
+    backend: str = "auto",
+    smp: int = 2,
+    memory: int = 512,
+    queues: int = 2,
+) -> Machine:
+    """Build what is missing, boot a guest and return it when SSH answers.
+
+    ``memory`` is in MiB, ``queues`` counts the virtio-blk device's request
+    queues. The machine ends with the ``with`` block or with this process,
+    unless it is detached. Raises :class:`UsageError` for what cannot be,
+    :class:`BuildError`, :class:`InfraError`, and :class:`BootError` with the
+    stage, the guest's last lines and the folder with its logs.
+    """
+    # Everything wrong with the request is said before any work is done.
+    spec = MachineSpec(
+        name=name if name is not None else "new",
+        transport=Transport.parse(str(transport)),
+        smp=smp,
+        memory=memory,
+        queues=queues,
+    )
+    choice = backends.choose(backend)
+    note(f"backend {choice.backend.name} ({choice.reason})")
+    return _start(spec, name, choice)
+
+
+def _start(
+    spec: MachineSpec, name: str | None, choice: Choice, source: Folder | None = None
+) -> Machine:
+    """Start a machine: boot it, or have it wait for the guest of ``source`` to migrate in."""
+    backend = choice.backend
+    base = backend.base_initramfs()
+    folder, lock = claim(name)
+    lifeline: int | None = None
+    try:
+        spec = MachineSpec.from_json({**spec.to_json(), "name": folder.name})
+        try:
+            _prepare(folder, base, source)
+            launch = backend.launch(spec, folder.path, incoming=source is not None)
+            folder.write(LAUNCH, {"command": launch.command})
+        except OSError as problem:
+            raise InfraError(
+                f"cannot prepare {folder.path}: {problem}", stage="launch"
+            ) from problem
+        lifeline = _start_keeper(folder, lock)
+        info = {
+            "name": folder.name,
+            "spec": spec.to_json(),
+            "backend_reason": choice.reason,
+            "provenance": launch.provenance,
+        }
+        return _follow(folder, spec, backend, info, lifeline, boots=source is None)
+    except BaseException as problem:
+        if isinstance(problem, QvisError):
+            problem.command = problem.command or (folder.read(LAUNCH) or {}).get("command")
+            problem.log = problem.log or folder.keep_logs()
+        if lifeline is None:
+            os.close(lock)
+        else:
+            os.close(lifeline)
+            folder.wait_dead(CLEANUP_DEADLINE)
+        folder.remove()
+        raise
+
+
+def _prepare(folder: Folder, base: Path, source: Folder | None) -> None:
+    """Put keys and the initial ramdisk into a new machine's folder."""
+    if source:
+        for file in (INITRD, CLIENT_KEY):
+            shutil.copy2(source / file, folder / file)
+        known = (source / KNOWN_HOSTS).read_text().split(" ", 1)[1]
+        (folder / KNOWN_HOSTS).write_text(f"{host_alias(folder.path)} {known}")
+        return
+    keys = make_keys(folder.path)
+    own = pack(
+        [
+            Entry.file("etc/hostname", f"{folder.name}\n".encode()),
+            Entry.file("etc/dropbear/host_key", keys.host_key, 0o600),
+            Entry.file("root/.ssh/authorized_keys", keys.authorized, 0o600),
+        ]
+    )
+    # The kernel unpacks archives that follow each other
+    # (Documentation/driver-api/early-userspace/buffer-format.rst).
+    (folder / INITRD).write_bytes(base.read_bytes() + own)
+
+
+def _start_keeper(folder: Folder, lock: int) -> int:
+    """Start the keeper and hand it the lock; the lifeline that holds it."""
+    ours, lifeline = os.pipe()
+    try:
+        subprocess.Popen(
+            [sys.executable, "-m", "qvis.machine.keeper", str(folder.path), str(lock)],
+            stdin=ours,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[lock],
+            start_new_session=True,
+        )
+    finally:
+        # From here on only the keeper holds the lock: when it dies, so has the machine.
+        os.close(ours)
+        os.close(lock)
+    return lifeline
+
+
+def _follow(
+    folder: Folder,
+    spec: MachineSpec,
+    backend: Backend,
+    info: dict[str, Any],
+    lifeline: int,
+    *,
+    boots: bool,
+) -> Machine:
+    start = time.monotonic()
+    with step(f"boot {spec.name}", folder / "console.log") as shown:
+        scale = time_scale(spec, backend.slowdown)
+        boot = Boot(folder, scale, shown.say)
+        sessions: list[Qmp] = []
+
+        def launch(left: float) -> None:
+            try:
+                sessions.append(Qmp(folder, left))
+            except LostMachineError as problem:
+                raise boot.ended() or boot.failure(str(problem), InfraError) from problem
+
+        boot.stage("launch", LAUNCH_DEADLINE, launch)
+        qmp = sessions[0]
+        forward = FORWARD.search(qmp.monitor("info usernet"))
+        if not forward:
+            raise InfraError("QEMU forwards no port to the guest's SSH", stage="launch")
+        info["ssh_port"] = int(forward[1])
+        write_config(folder.path, host_alias(folder.path), info["ssh_port"])
+        machine = Machine(folder, info, lifeline)
+        machine._qmp = qmp
+        if boots:
+            boot.follow_console()
+
+            def login(left: float) -> None:
+                try:
+                    machine.ssh.connect(left)
+                    machine.ssh.run("true", deadline=left)
+                except LostMachineError as problem:
+                    raise boot.ended() or boot.failure(problem.message, BootError) from problem
+
+            boot.stage("ssh", SSH_DEADLINE * scale, login)
+        info["boot"] = {"stages": boot.times, "total": time.monotonic() - start}
+    folder.write(MACHINE, info)
+    return machine

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a machine shall be, before it is one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import UsageError
+from .transport import Transport
+
+__all__ = ["MachineSpec", "parse_memory"]
+
+MAX_CPUS = 255  # microvm's APIC IDs are 8 bits wide without an interrupt remapper
+MAX_QUEUES = 256
+MIN_MEMORY = 128  # MiB; less does not hold the kernel, the initramfs and SSH
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """A guest: ``memory`` is in MiB, ``queues`` is per virtio-blk device.
+
+    Raises :class:`UsageError`, naming the bound, for a value out of range.
+    """
+
+    name: str
+    transport: Transport = Transport.MSI
+    smp: int = 2
+    memory: int = 512
+    queues: int = 2
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UsageError(
+                f"bad machine name {self.name!r}: up to 32 letters, digits, '.', '_' or '-', "
+                "the first one a letter or digit"
+            )
+        _within("--smp", self.smp, 1, MAX_CPUS)
+        _within("--queues", self.queues, 1, MAX_QUEUES)
+        _within("--memory (MiB)", self.memory, MIN_MEMORY, 1024 * 1024)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold; :meth:`from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MachineSpec:
+        """The specification that :meth:`to_json` wrote."""
+        known = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{**known, "transport": Transport(known["transport"])})
+
+
+def parse_memory(text: str) -> int:
+    """``512``, ``512M`` or ``2G`` in MiB; :class:`UsageError` for anything else."""
+    match = re.fullmatch(r"(\d+)([MG]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match:
+        raise UsageError(f"bad memory size {text!r}: write it as 512M or 2G")
+    return int(match[1]) * (1024 if match[2].upper() == "G" else 1)
+
+
+def _within(what: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UsageError(f"{what} must be between {least} and {most}, not {value}")

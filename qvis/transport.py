@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The transports that qvis compares. Nothing else branches on which one it is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from .errors import UsageError
+
+__all__ = ["Transport"]
+
+MSI_VECTORS = 64  # the least that a virtio-mmio device with MSI offers
+
+
+class Transport(StrEnum):
+    """How a guest's virtio devices are reached and how they interrupt.
+
+    ``PCI``   virtio over PCI with MSI-X, the yardstick;
+    ``INTX``  virtio over MMIO as it is upstream: one line for a whole device;
+    ``MSI``   virtio over MMIO with ``VIRTIO_F_MMIO_MSI``: one vector a queue.
+    """
+
+    PCI = "pci"
+    INTX = "intx"
+    MSI = "msi"
+
+    @classmethod
+    def parse(cls, name: str) -> Transport:
+        """The transport of that name; :class:`UsageError` names those there are."""
+        try:
+            return cls(name)
+        except ValueError:
+            known = ", ".join(cls)
+            raise UsageError(f"unknown transport {name!r}: choose one of {known}") from None
+
+    @property
+    def vector_per_queue(self) -> bool:
+        """Whether each queue can be steered to a CPU of its own."""
+        return self is not Transport.INTX
+
+    def device(self, kind: str) -> str:
+        """QEMU's name of the ``virtio-<kind>`` device on this transport."""
+        return f"virtio-{kind}-{'pci' if self is Transport.PCI else 'device'}"
+
+    def machine_options(self) -> dict[str, str]:
+        """Options of ``-M microvm`` that differ from the other transports'."""
+        return {"pcie": "on"} if self is Transport.PCI else {}
+
+    def properties(self, queues: int) -> list[str]:
+        """``-global`` settings for devices with up to ``queues`` queues."""
+        if self is Transport.PCI:
+            return ["virtio-net-pci.romfile="]  # nothing boots over the network
+        if self is Transport.MSI:
+            return [f"virtio-mmio.vectors={max(MSI_VECTORS, queues + 1)}"]
+        return []
