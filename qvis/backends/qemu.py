@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ KERNEL_HZ = 100  # CONFIG_HZ in guest-kernel/
 DISK_SIZE = 1 << 30  # bytes; null-co, so it costs nothing
 
 
-class QemuBackend:
+class QemuBackend(ABC):
     """A machine in the QEMU that qvis built; subclasses choose the accelerator."""
 
     name: str
@@ -33,8 +34,13 @@ class QemuBackend:
     accelerator: str
     cpu: str
 
+    def __init__(self, artifacts: Artifacts | None = None) -> None:
+        """``artifacts`` are what machines are made of; without, what qvis builds."""
+        self._artifacts = artifacts
+
+    @abstractmethod
     def probe(self) -> Probe:
-        raise NotImplementedError
+        """Try the accelerator for real."""
 
     def kernel_options(self) -> str:
         """What this accelerator adds to the kernel's command line."""
@@ -42,7 +48,9 @@ class QemuBackend:
 
     def artifacts(self) -> Artifacts:
         """What the machine is made of, built now if it is not there yet."""
-        return build_all()
+        if self._artifacts is None:
+            self._artifacts = build_all()
+        return self._artifacts
 
     def base_initramfs(self) -> Path:
         return self.artifacts().initramfs

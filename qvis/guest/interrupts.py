@@ -145,6 +145,7 @@ def parse(snapshot: str) -> tuple[list[Vector], frozenset[int]]:
     try:
         table, affinities, drivers, online = snapshot.split("==\n")
         header, *rows = table.splitlines()
+        present = parse_cpus(online)
         cpus = [int(word.removeprefix("CPU")) for word in header.split()]
         allowed: dict[tuple[int, str], frozenset[int]] = {
             (int(match[1]), match[2]): parse_cpus(match[3])
@@ -180,4 +181,4 @@ def parse(snapshot: str) -> tuple[list[Vector], frozenset[int]]:
             stage="irq",
             tail=snapshot.splitlines()[-15:],
         ) from problem
-    return sorted(vectors, key=lambda vector: vector.irq), parse_cpus(online)
+    return sorted(vectors, key=lambda vector: vector.irq), present

@@ -158,7 +158,7 @@ def up(
     *,
     name: str | None = None,
     transport: Transport | str = Transport.MSI,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     smp: int = 2,
     memory: int = 512,
     queues: int = 2,
@@ -167,7 +167,8 @@ def up(
 
     ``memory`` is in MiB, ``queues`` counts the virtio-blk device's request
     queues. The machine ends with the ``with`` block or with this process,
-    unless it is detached. Raises :class:`UsageError` for what cannot be,
+    unless it is detached. ``backend`` is a name, "auto", or a backend made by
+    hand, say one with another QEMU or kernel. Raises :class:`UsageError` for what cannot be,
     :class:`BuildError`, :class:`InfraError`, and :class:`BootError` with the
     stage, the guest's last lines and the folder with its logs.
     """
@@ -179,7 +180,7 @@ def up(
         memory=memory,
         queues=queues,
     )
-    choice = backends.choose(backend)
+    choice = backends.choose(backend) if isinstance(backend, str) else Choice(backend, "as given")
     note(f"backend {choice.backend.name} ({choice.reason})")
     return _start(spec, name, choice)
 

@@ -21,6 +21,10 @@ __all__ = ["Qmp"]
 
 CONNECT_DEADLINE = 10.0  # seconds
 COMMAND_DEADLINE = 60.0
+POLL = 0.01
+
+# It logs as errors what is raised to us anyway.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 class Qmp:
@@ -36,22 +40,24 @@ class Qmp:
         :class:`LostMachineError` when none answers within ``deadline`` seconds."""
         self._machine = folder.name
         self._lock, socket = _free_socket(folder)
-        self._protocol = QEMUMonitorProtocol(str(socket))
         end = time.monotonic() + deadline
         while True:
+            # Where QEMU is just starting, it is not there yet, or nobody listens to it yet.
+            while not socket.exists() and folder.alive and time.monotonic() < end:
+                time.sleep(POLL)
+            self._protocol = QEMUMonitorProtocol(str(socket))
             self._protocol.settimeout(max(0.1, end - time.monotonic()))
             try:
                 self._protocol.connect()
-                break
-            except (TimeoutError, QMPError, OSError) as problem:
-                # A socket that is not there yet is a machine just starting.
-                if time.monotonic() > end or not folder.alive:
-                    os.close(self._lock)
-                    raise LostMachineError(
-                        f"machine {folder.name!r} does not answer on QMP ({problem})", stage="qmp"
-                    ) from problem
-                time.sleep(0.02)
-                self._protocol = QEMUMonitorProtocol(str(socket))
+            except (QMPError, OSError) as problem:  # which TimeoutError is
+                if time.monotonic() < end and folder.alive:
+                    time.sleep(POLL)
+                    continue
+                os.close(self._lock)
+                raise LostMachineError(
+                    f"machine {folder.name!r} does not answer on QMP ({problem})", stage="qmp"
+                ) from problem
+            return
 
     def __call__(self, command: str, /, **arguments: Any) -> Any:
         """Run ``command`` and return what it returned.
@@ -64,7 +70,7 @@ class Qmp:
             return self._protocol.cmd(command, **arguments)
         except ExecuteError as problem:
             raise UsageError(f"QMP {command}: {problem}") from problem
-        except (TimeoutError, ExecInterruptedError, QMPError, OSError) as problem:
+        except (ExecInterruptedError, QMPError, OSError) as problem:
             raise LostMachineError(
                 f"machine {self._machine!r} went away during QMP {command} ({problem!r})",
                 stage="qmp",
@@ -79,8 +85,6 @@ class Qmp:
         while True:
             try:
                 event = self._protocol.pull_event(wait=timeout or True)
-            except TimeoutError:
-                return
             except (QMPError, OSError):
                 return
             if event is None:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Times and sizes that a user of qvis meets, as JSON on standard output.
+
+    scripts/bench [--runs N] [--patch] [--cold]
+
+Always: `qvis up` with everything built and `qvis exec`, and boot time and
+memory of each transport, interleaved in one run. ``--patch`` adds what a
+one-line change in a patch costs until the new guest is up, for QEMU and for
+Linux; ``--cold`` the way from empty caches (sources too, unless QVIS_SOURCES
+names a folder that has them) to a guest. Times are the host's, in seconds; on
+TCG they say nothing about hardware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import qvis
+from qvis.machine.machine import Machine
+from qvis.paths import patches_dir
+
+SHAPE = ("--smp", "4", "--queues", "4")
+# Where each series gets its one-line change: the comment of a file that it touches.
+COMMENT = re.compile(r"^\+(\s+\*\s+\S.*|.*/\*\s.*\*/)$", re.MULTILINE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--patch", action="store_true")
+    parser.add_argument("--cold", action="store_true")
+    args = parser.parse_args()
+
+    results: dict[str, Any] = {"host": host()}
+    if args.cold:
+        results["cold_up_s"] = cold()
+    results["transports"] = transports(args.runs, args.backend)
+    results["warm_up_s"], results["exec_s"] = commands(args.runs, args.backend)
+    if args.patch:
+        results["patch_change_to_guest_s"] = {
+            component: patch_change(component, args.backend) for component in ("qemu", "linux")
+        }
+    print(json.dumps(results, indent=2))
+
+
+def host() -> dict[str, Any]:
+    """Where the numbers come from."""
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpus": os.cpu_count(),
+        "model": model[1] if model else platform.machine(),
+        "kernel": platform.release(),
+        "load_before": os.getloadavg()[0],
+        "clock": "host seconds (CLOCK_MONOTONIC)",
+    }
+
+
+def transports(runs: int, backend: str) -> dict[str, Any]:
+    """Boot time and memory, one boot of each transport a round."""
+    raw: dict[str, list[dict[str, float]]] = {transport: [] for transport in qvis.Transport}
+    provenance: dict[str, Any] = {}
+    for _ in range(runs):
+        for transport in qvis.Transport:
+            with qvis.up(backend=backend, transport=transport, smp=4, queues=4) as vm:
+                raw[transport].append(sample(vm))
+                provenance = vm.info["provenance"]
+    return {
+        "provenance": provenance,
+        "raw": raw,
+        "median": {
+            transport: {key: statistics.median(s[key] for s in samples) for key in samples[0]}
+            for transport, samples in raw.items()
+        },
+    }
+
+
+def sample(vm: Machine) -> dict[str, float]:
+    """One machine's boot stages and memory."""
+    stages = vm.info["boot"]["stages"]
+    memory = dict(
+        line.split(":") for line in vm.ssh.run("cat /proc/meminfo").stdout.splitlines()
+    )
+    kib = {key: int(value.split()[0]) for key, value in memory.items()}
+    keeper = vm.folder.keeper
+    (qemu,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    rollup = Path(f"/proc/{qemu}/smaps_rollup").read_text()
+    pss = re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)
+    return {
+        "boot_s": vm.info["boot"]["total"],
+        "kernel_s": stages["kernel"],
+        "guest_uptime_at_ssh_s": float(vm.ssh.run("cat /proc/uptime").stdout.split()[0]),
+        "guest_used_kib": kib["MemTotal"] - kib["MemAvailable"],
+        "guest_slab_kib": kib["Slab"],
+        "qemu_pss_kib": int(pss[1]) if pss else 0,
+    }
+
+
+def commands(runs: int, backend: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`qvis up` and, in that machine, `qvis exec` after the first."""
+    ups, executions = [], []
+    for _ in range(runs):
+        ups.append(timed("qvis", "up", "--backend", backend, *SHAPE, "--name", "bench"))
+        try:
+            timed("qvis", "exec", "bench", "--", "true")
+            executions += [timed("qvis", "exec", "bench", "--", "true") for _ in range(10)]
+        finally:
+            timed("qvis", "down", "bench")
+    return summary(ups), summary(executions)
+
+
+def patch_change(component: str, backend: str) -> dict[str, Any]:
+    """From a changed line in the component's last patch but the tests to SSH in a new guest."""
+    timed("qvis", "build")
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "patches"
+        shutil.copytree(patches_dir(), copy)
+        changed = None
+        for patch in sorted((copy / component).glob("*.patch")):
+            text = patch.read_text()
+            if (match := COMMENT.search(text)) and "virtio_mmio.c" in text.replace("-", "_"):
+                changed = patch
+                start, end = match.span()
+                line = text[start:end]
+                swapped = re.sub(r"[a-z]{3,}", lambda word: word[0][::-1], line, count=1)
+                patch.write_text(text[:start] + swapped + text[end:])
+        if changed is None:
+            raise SystemExit(f"no comment to change in the {component} series")
+        environment = {**os.environ, "QVIS_PATCHES": str(copy)}
+        seconds = timed("qvis", "up", "--backend", backend, *SHAPE, "--name", "bench",
+                        environment=environment)  # fmt: skip
+        timed("qvis", "down", "bench")
+    back = timed("qvis", "build")
+    return {"patch": changed.name, "seconds": seconds, "back_again_build_s": back}
+
+
+def cold() -> dict[str, Any]:
+    """`qvis up` with a cache of its own that is empty."""
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**os.environ, "QVIS_CACHE": scratch}
+        seconds = timed("qvis", "up", *SHAPE, "--name", "bench", environment=environment)
+        timed("qvis", "down", "bench")
+        size = sum(file.lstat().st_size for file in Path(scratch).rglob("*") if file.is_file())
+    return {"seconds": seconds, "cache_bytes": size, "sources": os.environ.get("QVIS_SOURCES")}
+
+
+def timed(*command: str, environment: dict[str, str] | None = None) -> float:
+    """Seconds that a command took; it must succeed."""
+    start = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    return time.monotonic() - start
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """A raw series with its least, median and largest."""
+    return {
+        "min": min(values),
+        "median": statistics.median(values),
+        "max": max(values),
+        "raw": list(values),
+    }
+
+
+if __name__ == "__main__":
+    main()
