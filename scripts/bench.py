@@ -90,9 +90,7 @@ def transports(runs: int, backend: str) -> dict[str, Any]:
 def sample(vm: Machine) -> dict[str, float]:
     """One machine's boot stages and memory."""
     stages = vm.info["boot"]["stages"]
-    memory = dict(
-        line.split(":") for line in vm.ssh.run("cat /proc/meminfo").stdout.splitlines()
-    )
+    memory = dict(line.split(":") for line in vm.ssh.run("cat /proc/meminfo").stdout.splitlines())
     kib = {key: int(value.split()[0]) for key, value in memory.items()}
     keeper = vm.folder.keeper
     (qemu,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()

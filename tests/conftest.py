@@ -52,7 +52,7 @@ def processes(text: str) -> list[str]:
             continue
         try:
             line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            place = os.readlink(process / "cwd")
+            place = str((process / "cwd").readlink())
         except OSError:
             continue
         if line and (text in line or place.startswith(text)):

@@ -71,8 +71,8 @@ def pci_bits(vm: Machine, vector: Vector, index: int) -> Bits:
     while at and space[at] != 0x11:  # the MSI-X capability
         at = space[at + 1]
     assert at, "no MSI-X capability"
-    bars = [int(line.split()[0], 16) for line in vm.ssh.run(f"cat {path}/resource").stdout.split("\n")
-            if line]  # fmt: skip
+    regions = vm.ssh.run(f"cat {path}/resource").stdout.splitlines()
+    bars = [int(line.split()[0], 16) for line in regions]
     table, pba = (int.from_bytes(space[at + n : at + n + 4], "little") for n in (4, 8))
     control = bars[table & 7] + (table & ~7) + ENTRY_SIZE * index + VECTOR_CONTROL
     pending = bars[pba & 7] + (pba & ~7) + 4 * (index // 32)

@@ -66,9 +66,7 @@ def test_no_interrupt_is_lost_in_migration(
 def progress(vm: Machine) -> dict[int, int]:
     """Requests that each queue has completed (the fields of /sys/block/vda/mq are gone, so
     the load's own lines are counted)."""
-    return {
-        queue: int(vm.ssh.run(f"wc -l < /tmp/load.{queue}").stdout) for queue in range(QUEUES)
-    }
+    return {queue: int(vm.ssh.run(f"wc -l < /tmp/load.{queue}").stdout) for queue in range(QUEUES)}
 
 
 def test_masked_and_pending_survives_migration(boot: Callable[..., Machine]) -> None:

@@ -75,9 +75,7 @@ def fails(state: Path) -> Callable[..., qvis.QvisError]:
     return run
 
 
-def test_panic_ends_the_boot_at_once(
-    fails: Callable[..., qvis.QvisError], tmp_path: Path
-) -> None:
+def test_panic_ends_the_boot_at_once(fails: Callable[..., qvis.QvisError], tmp_path: Path) -> None:
     start = time.monotonic()
     problem = fails(failing(initramfs=init(tmp_path / "i", "exit 7")))
     assert isinstance(problem, qvis.BootError)
@@ -130,9 +128,7 @@ def test_guest_that_shuts_down(fails: Callable[..., qvis.QvisError], tmp_path: P
     assert "shut down or was reset" in str(problem)
 
 
-def test_qemu_that_lacks_the_feature(
-    fails: Callable[..., qvis.QvisError], tmp_path: Path
-) -> None:
+def test_qemu_that_lacks_the_feature(fails: Callable[..., qvis.QvisError], tmp_path: Path) -> None:
     """What an unpatched QEMU does: the error carries its own words."""
     real = build_all().qemu.binary
     fake = script(tmp_path / "qemu", f'exec {real} "$@" -global virtio-mmio.no-such-thing=1')

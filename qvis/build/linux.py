@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Building the guest's Linux: tinyconfig and the fragments in ``guest-kernel/``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BuildError
+from ..paths import guest_kernel_dir
+from ..process import run
+from ..progress import Step
+from . import cache
+from .recipe import Recipe, build, cpus, find, manifest
+from .series import Patch
+from .tree import Tree
+
+__all__ = ["LinuxBuild"]
+
+CONFIGURE_DEADLINE = 300.0  # seconds
+BUILD_DEADLINE = 3600.0  # seconds
+TARGETS = ("bzImage", "vmlinux")
+
+# Nothing of the time, the host or our git tree gets into the image.
+SETTINGS = (
+    "KBUILD_BUILD_TIMESTAMP=1970-01-01",
+    "KBUILD_BUILD_USER=qvis",
+    "KBUILD_BUILD_HOST=qvis",
+    "KBUILD_BUILD_VERSION=1",
+    "LOCALVERSION=",
+)
+
+# Lines that make prints for a whole build, until a first one was counted.
+FIRST_GUESS = 1400
+
+
+@dataclass(frozen=True)
+class LinuxBuild:
+    """A guest kernel that was built."""
+
+    image: Path  # the bzImage
+    vmlinux: Path  # with symbols; also what PVH starts
+    config: Path
+    version: str
+    series: str  # a name for the patches that are in it
+    key: str  # a name for everything that went into it
+
+    @classmethod
+    def make(cls, patches: Sequence[Patch]) -> LinuxBuild:
+        """Linux with these patches, built if it never was."""
+        return cls._of(build(_recipe(), patches))
+
+    @classmethod
+    def find(cls, patches: Sequence[Patch]) -> LinuxBuild | None:
+        """Linux with these patches, if it was ever built."""
+        result = find(_recipe(), patches)
+        return cls._of(result) if result else None
+
+    @classmethod
+    def _of(cls, result: Path) -> LinuxBuild:
+        facts = manifest(result)
+        return cls(
+            image=result / "bzImage",
+            vmlinux=result / "vmlinux",
+            config=result / "config",
+            version=facts["version"],
+            series=facts["series"],
+            key=facts["key"],
+        )
+
+
+def _recipe() -> Recipe:
+    return Recipe(
+        component="linux",
+        configuration="",
+        inputs=(*SETTINGS, *(fragment.read_text() for fragment in _fragments())),
+        compile=_compile,
+    )
+
+
+def _fragments() -> list[Path]:
+    return sorted(guest_kernel_dir().glob("*.config"))
+
+
+def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
+    fragments = _fragments()
+    log = cache.log_file("linux")
+    make = ["make", "-C", str(tree.src), f"O={folder}", *SETTINGS]
+    merge = ["scripts/kconfig/merge_config.sh", "-m", "-O", str(folder)]
+    config = folder / ".config"
+    for command in (
+        [*make, "tinyconfig"],
+        [*merge, *map(str, [config, *fragments])],
+        [*make, "olddefconfig"],
+    ):
+        run(command, cwd=tree.src, stage="configure linux", log=log, deadline=CONFIGURE_DEADLINE)
+    if refused := _refused(config.read_text(), fragments):
+        raise BuildError(
+            f"options that the kernel did not take (a dependency is missing): {', '.join(refused)}",
+            stage="configure linux",
+            log=log,
+        )
+
+    counted = folder.with_name("build.lines")
+    total = int(counted.read_text()) if counted.exists() else FIRST_GUESS
+    done = 0
+
+    def follow(line: str) -> None:
+        nonlocal done
+        if re.match(r"  [A-Z]+ +\S", line):
+            done += 1
+            progress.update(done, max(done, total))
+
+    run(
+        [*make, f"-j{cpus()}", *TARGETS],
+        stage="build linux", log=log, deadline=BUILD_DEADLINE, on_line=follow,
+    )  # fmt: skip
+    if not counted.exists() or done > total:
+        counted.write_text(str(done))
+    shutil.copy(folder / "arch" / "x86" / "boot" / "bzImage", result)
+    shutil.copy(folder / "vmlinux", result)
+    shutil.copy(config, result / "config")
+
+
+def _refused(config: str, fragments: Sequence[Path]) -> list[str]:
+    """The lines of the fragments that are not true of the final configuration."""
+    have = dict(re.findall(r"^(CONFIG_\w+)=(.*)$", config, re.MULTILINE))
+    want: dict[str, str | None] = {}
+    for fragment in fragments:
+        for line in fragment.read_text().splitlines():
+            # A later fragment overrides an earlier one.
+            if match := re.match(r"(CONFIG_\w+)=(.*)", line):
+                want[match[1]] = match[2].strip()
+            elif match := re.match(r"# (CONFIG_\w+) is not set$", line):
+                want[match[1]] = None
+    return [
+        f"{name}={value}" if value is not None else f"{name} is not set"
+        for name, value in want.items()
+        if have.get(name) != value
+    ]

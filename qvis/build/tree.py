@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A source tree that can be put to any point of a series, and its build folder.
+
+A tree is a git repository: the tarball is its first commit, and every prefix
+of a series that was ever asked for is a ref. Patches are applied beside the
+tree, in a worktree with an index but no files, so that one that does not apply
+leaves everything as it was. The tree then goes from one commit to the other in
+one checkout, which writes the files that differ and no others: the time stamps
+of the rest are what makes the next build incremental.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BuildError, InfraError
+from ..paths import cache_dir
+from ..process import run
+from ..progress import step
+from .cache import log_file, space_checked
+from .git import git
+from .series import Patch, digest
+from .sources import Source, fetch, known
+
+__all__ = ["BASE", "Tree", "open_tree"]
+
+BASE = "qvis-base"  # the tag of the unpatched sources in every tree of ours
+EXTRACT_DEADLINE = 900.0  # seconds
+CHECKPATCH_DEADLINE = 120.0  # seconds a patch
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The extracted sources of one tarball. The caller holds the component's lock."""
+
+    source: Source
+    root: Path
+
+    @property
+    def src(self) -> Path:
+        """The work tree."""
+        return self.root / "src"
+
+    def commit(self, patches: Sequence[Patch]) -> str:
+        """The commit with these patches applied, without touching the work tree.
+
+        Raises :class:`BuildError` that names the patch which does not apply,
+        and the file and line that git complained about.
+        """
+        done = len(patches)
+        while not (commit := self._known(patches[:done])):
+            done -= 1
+        if done < len(patches):
+            commit = self._apply(commit, patches[:done], patches[done:])
+        return commit
+
+    def checkout(self, patches: Sequence[Patch]) -> None:
+        """Bring the work tree to the sources with these patches."""
+        commit = self.commit(patches)
+        lock = self.src / ".git" / "index.lock"
+        killed = lock.exists()
+        # Whoever made it is gone, since we hold the component's lock.
+        lock.unlink(missing_ok=True)
+        git(self.src, "checkout", "--quiet", "--force", "--detach", commit, stage="checkout")
+        if killed:
+            # Files that the killed checkout created are in no index.
+            git(self.src, "clean", "-fdq", stage="checkout")
+
+    @contextmanager
+    def building(self, configuration: str) -> Iterator[Path]:
+        """The build folder, kept from last time if it can be trusted.
+
+        It is emptied when it was made with another ``configuration``, or when
+        the last build in it was cut short so abruptly (kill -9, power, a full
+        disk) that make may have been left with half an object file.
+        """
+        build = self.root / "build"
+        settled = self.root / "build.settled"
+        wanted = f"{self.src}\n{configuration}"
+        if not settled.exists() or settled.read_text() != wanted:
+            shutil.rmtree(build, ignore_errors=True)
+        settled.unlink(missing_ok=True)
+        with space_checked():
+            build.mkdir(exist_ok=True)
+            try:
+                yield build
+            except InfraError:
+                raise
+            except BaseException:
+                # A compiler said no, or the user did: the tools cleaned up.
+                settled.write_text(wanted)
+                raise
+            settled.write_text(wanted)
+
+    def export(self, patches: Sequence[Patch], directory: Path) -> None:
+        """A repository of a developer's own: the base, tagged, and the series as commits."""
+        commit = self.commit(patches)
+        git(self.root, "clone", "--quiet", "--no-checkout", self.src, directory, stage="export")
+        git(directory, "remote", "remove", "origin", stage="export")
+        git(directory, "checkout", "--quiet", "-B", "qvis", commit, stage="export")
+
+    def checkpatch(self, patch: Patch) -> list[str]:
+        """What the project's own style checker says about a patch; empty when it is content."""
+        file = self.root / patch.name
+        file.write_bytes(patch.content)
+        strict = ["--strict"] if self.source.component == "linux" else []  # QEMU's has it not
+        try:
+            done = subprocess.run(
+                ["perl", "scripts/checkpatch.pl", "--terse", "--no-summary", *strict, file],
+                cwd=self.src,
+                capture_output=True,
+                text=True,
+                timeout=CHECKPATCH_DEADLINE,
+                check=False,
+            )
+        finally:
+            file.unlink()
+        lines = [line.removeprefix(f"{file}:") for line in (done.stdout + done.stderr).splitlines()]
+        return lines or ([f"exit status {done.returncode}"] if done.returncode else [])
+
+    def _known(self, patches: Sequence[Patch]) -> str:
+        """The commit with these patches if it was made before, else an empty string."""
+        listing = git(self.src, "for-each-ref", "--format=%(objectname)", _ref(patches),
+                      stage="series")  # fmt: skip
+        return listing.strip()
+
+    def _apply(self, commit: str, before: Sequence[Patch], patches: Sequence[Patch]) -> str:
+        """Apply ``patches`` on ``commit``, remember each step, and return the last."""
+        scratch = self.root / "am"
+        mails = self.root / "mails"
+        self._discard(scratch, mails)
+        mails.mkdir()
+        files = []
+        for number, patch in enumerate(patches):
+            files.append(mails / f"{number:04}-{Path(patch.name).name}")
+            files[-1].write_bytes(patch.content)
+        try:
+            git(self.src, "worktree", "add", "--quiet", "--no-checkout", "--detach", scratch,
+                commit, stage="series")  # fmt: skip
+            git(scratch, "read-tree", commit, stage="series")
+            try:
+                git(scratch, "am", "--committer-date-is-author-date", *files, stage="series")
+            except BuildError as problem:
+                raise self._refusal(patches, problem) from problem
+            commits = git(
+                scratch, "rev-list", "--reverse", f"{commit}..HEAD", stage="series"
+            ).split()
+            if len(commits) != len(patches):
+                raise BuildError(
+                    f"{len(patches)} patch files make {len(commits)} commits", stage="series"
+                )
+            for number, made in enumerate(commits, 1):
+                ref = _ref([*before, *patches[:number]])
+                git(self.src, "update-ref", ref, made, stage="series")
+            return commits[-1]
+        finally:
+            self._discard(scratch, mails)
+
+    def _discard(self, scratch: Path, mails: Path) -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(mails, ignore_errors=True)
+        git(self.src, "worktree", "prune", stage="series")
+
+    def _refusal(self, patches: Sequence[Patch], problem: BuildError) -> BuildError:
+        said = "\n".join(problem.tail)
+        at = re.search(r"^Patch failed at (\d+)", said, re.MULTILINE)
+        patch = patches[int(at[1]) - 1] if at else patches[0]
+        where = re.search(r"^error: (?:patch failed: )?(.*)$", said, re.MULTILINE)
+        return BuildError(
+            f"{patch.name} does not apply to {self.source.component} {self.source.version}: "
+            f"{where[1] if where else problem.message}",
+            stage="series",
+            tail=problem.tail,
+        )
+
+
+def open_tree(component: str) -> Tree:
+    """The tree of a component, fetched and extracted if there is none yet.
+
+    The caller holds the component's lock.
+    """
+    for source in known(component):
+        root = _root(source)
+        if root.is_dir():
+            return Tree(source, root)
+    source, tarball = fetch(component)
+    root = _root(source)
+    unfinished = root.with_name(f".{component}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    src = unfinished / "src"
+    log = log_file(component)
+    with space_checked(), step(f"extract {source.file}", log) as progress:
+        src.mkdir(parents=True)
+        run(
+            ["tar", "-xJf", tarball, "-C", src, "--strip-components=1", "--no-same-owner"],
+            stage="extract", log=log, deadline=EXTRACT_DEADLINE,
+        )  # fmt: skip
+        progress.update(1, 2)
+        git(src, "init", "--quiet", "--initial-branch=base", stage="extract")
+        # Loose objects are read a few times only: neither pack nor compress them.
+        git(src, "config", "gc.auto", "0", stage="extract")
+        git(src, "config", "core.looseCompression", "0", stage="extract")
+        # By force: what the project ignores is part of its tarball all the same.
+        git(src, "add", "--all", "--force", stage="extract")
+        git(src, "commit", "--quiet", "--message", f"{component} {source.version}", stage="extract")
+        git(src, "tag", BASE, stage="extract")
+        unfinished.rename(root)
+    return Tree(source, root)
+
+
+def _root(source: Source) -> Path:
+    name = f"{source.component}-{source.version}-{source.sha256[:8]}"
+    return cache_dir() / "trees" / name
+
+
+def _ref(patches: Sequence[Patch]) -> str:
+    return f"refs/qvis/{digest(patches)}" if patches else f"refs/tags/{BASE}"

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When something is built, and when it is not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qvis.build import cache, recipe, series, sources
+from qvis.build.recipe import Recipe
+from qvis.build.tree import Tree
+from qvis.errors import BuildError, InfraError
+from qvis.progress import Step
+
+from .conftest import HEADER_PATCH, Server, Toy, line_patch
+
+ONE = ("0001-one.patch", line_patch("one", 10, "int first;"))
+HEADER = ("0002-header.patch", HEADER_PATCH)
+
+
+class Builder:
+    """Compiles by copying; ``seen`` has what the build folder held when each build began."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+        self.trouble: BaseException | None = None
+
+    def recipe(self, configuration: str = "", *inputs: str) -> Recipe:
+        return Recipe("toy", configuration, inputs, self.compile)
+
+    def compile(self, tree: Tree, folder: Path, result: Path, progress: Step) -> None:
+        self.seen.append(sorted(path.name for path in folder.iterdir()))
+        (folder / f"object-{len(self.seen)}").touch()
+        (result / "main").write_text((tree.src / "main.c").read_text())
+        if self.trouble:
+            raise self.trouble
+
+
+@pytest.fixture
+def builder() -> Builder:
+    return Builder()
+
+
+def test_same_inputs_no_work(toy: Toy, builder: Builder, server: Server) -> None:
+    toy.series(ONE)
+    first = recipe.build(builder.recipe(), series.read("toy"))
+    assert "int first;" in (first / "main").read_text()
+    facts = recipe.manifest(first)
+    assert facts["version"] == "1.0"
+    assert facts["tarball"] == toy.sha256
+    assert facts["series"] == series.digest(series.read("toy"))
+
+    # Not even the sources or the tree are wanted again.
+    server.files.clear()
+    subprocess.run(["rm", "-rf", toy.cache / "sources", toy.cache / "trees"], check=True)
+    assert recipe.build(builder.recipe(), series.read("toy")) == first
+    assert len(builder.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda toy, builder: toy.series(ONE, HEADER),
+        lambda toy, builder: toy.series((ONE[0], ONE[1].replace("int first", "int worst"))),
+        lambda toy, builder: toy.series(),
+    ],
+    ids=["added", "changed", "removed"],
+)
+def test_changed_series_is_built_in_the_folder_of_before(
+    toy: Toy, builder: Builder, change: Callable[[Toy, Builder], None]
+) -> None:
+    toy.series(ONE)
+    first = recipe.build(builder.recipe(), series.read("toy"))
+    change(toy, builder)
+    second = recipe.build(builder.recipe(), series.read("toy"))
+    assert second != first
+    assert builder.seen == [[], ["object-1"]]
+    # And back: it is still there.
+    toy.series(ONE)
+    assert recipe.build(builder.recipe(), series.read("toy")) == first
+    assert len(builder.seen) == 2
+
+
+def test_inputs_make_another_result_and_configuration_another_folder(
+    toy: Toy, builder: Builder
+) -> None:
+    results = {
+        recipe.build(builder.recipe("plain"), ()),
+        recipe.build(builder.recipe("plain", "input"), ()),
+        recipe.build(builder.recipe("fancy", "input"), ()),
+    }
+    assert len(results) == 3
+    assert builder.seen == [[], ["object-1"], []]
+
+
+def test_compiler_is_an_input(toy: Toy, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = recipe.build(builder.recipe(), ())
+    monkeypatch.setattr(cache, "compiler", lambda: "another one")
+    assert recipe.build(builder.recipe(), ()) != first
+
+
+def test_failed_build_makes_no_result_and_keeps_the_folder(toy: Toy, builder: Builder) -> None:
+    builder.trouble = BuildError("line 3: expected ;")
+    with pytest.raises(BuildError, match="expected"):
+        recipe.build(builder.recipe(), ())
+    assert recipe.find(builder.recipe(), ()) is None
+    builder.trouble = None
+    recipe.build(builder.recipe(), ())
+    assert builder.seen == [[], ["object-1"]]
+
+
+def test_full_disk_makes_the_folder_untrusted(toy: Toy, builder: Builder) -> None:
+    recipe.build(builder.recipe(), ())
+    builder.trouble = OSError(28, "No space left on device")
+    with pytest.raises(InfraError, match="disk is full"):
+        recipe.build(builder.recipe("", "more"), ())
+    builder.trouble = None
+    recipe.build(builder.recipe("", "more"), ())
+    assert builder.seen == [[], ["object-1"], []]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from qvis.build import cache, recipe, sources
+sources.MANIFEST = Path({manifest!r})
+def compile(tree, folder, result, progress):
+    (folder / "half-an-object").touch()
+    (result / "half-a-result").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+recipe.build(recipe.Recipe("toy", "", (), compile), ())
+"""
+
+
+def test_killed_build_is_begun_again(toy: Toy, builder: Builder) -> None:
+    code = KILLED.format(manifest=str(toy.manifest))
+    child = subprocess.run([sys.executable, "-c", code], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert recipe.find(builder.recipe(), ()) is None
+    result = recipe.build(builder.recipe(), ())
+    assert builder.seen == [[]]
+    assert sorted(path.name for path in result.iterdir()) == ["main", "manifest.json"]
+
+
+def test_results_of_any_known_tarball_will_do(toy: Toy, builder: Builder, server: Server) -> None:
+    first = recipe.build(builder.recipe(), ())
+    # A pin before it, which nothing was ever built from.
+    other = f'[[toy.places]]\nurl = "{server.url}/other.tar.xz"\nsha256 = "{"0" * 64}"\n\n'
+    toy.manifest.write_text(toy.manifest.read_text().replace("[[toy", f"{other}[[toy", 1))
+    sources._manifest.cache_clear()
+    assert len(sources.known("toy")) == 2
+    assert recipe.build(builder.recipe(), ()) == first
+    assert len(builder.seen) == 1
