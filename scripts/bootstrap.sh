@@ -19,7 +19,13 @@ bootstrap() {
     _bootstrap_done && return
     mkdir -p "$venv" || exit 122
     # Whoever comes second finds it done.
-    (flock 9 && { _bootstrap_done || _bootstrap_make; }) 9>"$venv/qvis-lock" || exit $?
+    (
+        flock -n 9 || {
+            echo "qvis: waiting for another process to make the Python environment" >&2
+            flock 9
+        }
+        _bootstrap_done || _bootstrap_make
+    ) 9>"$venv/qvis-lock" || exit $?
 }
 
 _bootstrap_done() {

@@ -182,17 +182,18 @@ def test_machine_dies_with_its_owner(
 
 
 def test_killed_during_boot_leaves_nothing(state: Path, backend: str) -> None:
-    child = subprocess.Popen(
+    folder = state / "machines" / "early"
+    with subprocess.Popen(
         ["qvis", "up", "--backend", backend, "--transport", "intx", "--name", "early"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    folder = state / "machines" / "early"
-    end = time.monotonic() + 30
-    while not processes(str(folder)) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert processes(str(folder))
-    child.kill()
-    child.wait()
+    ) as child:  # fmt: skip
+        try:
+            end = time.monotonic() + 30
+            while not any("qemu-system" in line for line in processes(str(folder))):
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        finally:
+            child.kill()
     assert gone(str(folder))
     end = time.monotonic() + 5
     while folder.exists() and time.monotonic() < end:

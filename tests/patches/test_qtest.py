@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The device's own tests, in QEMU's framework: every clause of docs/virtio-mmio-msi.md."""
+
+from __future__ import annotations
+
+from qvis.build import qtest
+
+
+def test_virtio_mmio_msi() -> None:
+    qtest("virtio-mmio-msi-test")
