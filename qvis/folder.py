@@ -16,14 +16,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import InfraError, LostMachineError, UsageError
 from .paths import state_dir
 
-__all__ = ["Folder", "claim", "find", "folders", "qmp_sockets", "running"]
+__all__ = ["Folder", "check_free", "claim", "find", "folders", "qmp_sockets", "running"]
 
 INITRD = "initrd.img"
 CONSOLE_LOG = "console.log"
@@ -111,7 +111,8 @@ class Folder:
         target = kept / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         target.mkdir(mode=0o700, parents=True)
         for name in (CONSOLE_LOG, QEMU_LOG, LAUNCH, EXIT):
-            if (self / name).exists():
+            # What cannot be copied, on a full disk say, is not worth hiding the reason for it.
+            with suppress(OSError):
                 shutil.copy2(self / name, target / name)
         for old in sorted(kept.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_LOGS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -149,6 +150,14 @@ def running(name: str) -> Folder:
     return folder
 
 
+def check_free(name: str) -> None:
+    """Raise :class:`UsageError` when a living machine has that name."""
+    if Folder(_root() / name).alive:
+        raise UsageError(
+            f"machine {name!r} is already up: choose another --name, or `qvis down {name}`"
+        )
+
+
 def claim(name: str | None) -> tuple[Folder, int]:
     """Make the folder of a new machine and lock it: the folder and the lock's descriptor.
 
@@ -157,13 +166,10 @@ def claim(name: str | None) -> tuple[Folder, int]:
     :class:`UsageError`.
     """
     with _all_locked():
-        taken = {folder.name for folder in folders() if folder.alive}
         if name is None:
+            taken = {folder.name for folder in folders() if folder.alive}
             name = next(free for n in range(1, len(taken) + 2) if (free := f"vm{n}") not in taken)
-        if name in taken:
-            raise UsageError(
-                f"machine {name!r} is already up: choose another --name, or `qvis down {name}`"
-            )
+        check_free(name)
         folder = Folder(_root() / name)
         longest = max(len(os.fsencode(path)) for path in qmp_sockets(folder.path).values())
         if longest > LONGEST_SOCKET_PATH:

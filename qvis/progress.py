@@ -42,8 +42,11 @@ class Step:
             self.say(f"{100 * done / total:3.0f}%" if total else f"{done:.0f}")
 
     def say(self, text: str) -> None:
-        """One plain line about this step (nothing on a terminal, where the bar shows it)."""
-        if not self._bar:
+        """What it is at: beside the bar, or a plain line of its own."""
+        if self._bar:
+            progress, task = self._bar
+            progress.update(task, description=f"{self._name}: {text}")
+        else:
             print(f"qvis: {self._name}: {text} [{self.elapsed:.0f} s]", file=sys.stderr, flush=True)
 
     @property

@@ -18,7 +18,7 @@ from .. import backends
 from ..backends import Backend, Choice
 from ..build import Entry, pack
 from ..errors import BootError, InfraError, LostMachineError, QvisError
-from ..folder import INITRD, LAUNCH, MACHINE, MIGRATION_SOCKET, Folder, claim, running
+from ..folder import INITRD, LAUNCH, MACHINE, MIGRATION_SOCKET, Folder, check_free, claim, running
 from ..guest.interrupts import Interrupts
 from ..openssh import CLIENT_KEY, KNOWN_HOSTS, write_config
 from ..progress import note, step
@@ -166,11 +166,12 @@ def up(
     """Build what is missing, boot a guest and return it when SSH answers.
 
     ``memory`` is in MiB, ``queues`` counts the virtio-blk device's request
-    queues. The machine ends with the ``with`` block or with this process,
-    unless it is detached. ``backend`` is a name, "auto", or a backend made by
-    hand, say one with another QEMU or kernel. Raises :class:`UsageError` for what cannot be,
-    :class:`BuildError`, :class:`InfraError`, and :class:`BootError` with the
-    stage, the guest's last lines and the folder with its logs.
+    queues. ``backend`` is a name, "auto", or a backend made by hand, say one
+    with another QEMU or kernel. The machine ends with the ``with`` block or
+    with this process, unless it is detached. Raises :class:`UsageError` for
+    what cannot be, :class:`BuildError`, :class:`InfraError`, and
+    :class:`BootError` with the stage, the guest's last lines and the folder
+    with its logs.
     """
     # Everything wrong with the request is said before any work is done.
     spec = MachineSpec(
@@ -180,6 +181,8 @@ def up(
         memory=memory,
         queues=queues,
     )
+    if name is not None:
+        check_free(name)
     choice = backends.choose(backend) if isinstance(backend, str) else Choice(backend, "as given")
     note(f"backend {choice.backend.name} ({choice.reason})")
     return _start(spec, name, choice)

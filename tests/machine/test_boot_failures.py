@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,3 +166,24 @@ def test_image_that_is_no_kernel(
     (tmp_path / "bzImage").write_bytes(b"\0" * 65536)
     problem = fails(failing(linux_image=tmp_path / "bzImage"))
     assert problem.stage in ("launch", "firmware")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_all()
+    small = tmp_path / "d"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "qvis-test", small], check=True)
+    try:
+        monkeypatch.setenv("QVIS_STATE", str(small))
+        with pytest.raises(qvis.InfraError, match="No space left on device"):
+            qvis.up(backend="tcg", transport="intx", name="full")
+        assert not list((small / "machines").iterdir())
+        # Room again, and it works.
+        subprocess.run(["mount", "-o", "remount,size=64M", small], check=True)
+        with qvis.up(backend="tcg", transport="intx", name="full", smp=1) as vm:
+            assert vm.ssh.run("true").status == 0
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
