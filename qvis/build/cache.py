@@ -30,7 +30,17 @@ from ..errors import InfraError
 from ..paths import cache_dir
 from ..progress import note
 
-__all__ = ["compiler", "create", "find", "key", "lock", "log_file", "result", "space_checked"]
+__all__ = [
+    "COMPILER",
+    "compiler",
+    "create",
+    "find",
+    "key",
+    "lock",
+    "log_file",
+    "result",
+    "space_checked",
+]
 
 COMPILER = "gcc"
 

@@ -24,6 +24,7 @@ BINARY = "qemu-system-x86_64"
 DEVICES = Path(__file__).with_name("qvis.mak")
 CONFIGURE_DEADLINE = 600.0  # seconds
 BUILD_DEADLINE = 3600.0  # seconds
+START_DEADLINE = 60.0  # seconds
 QTEST_DEADLINE = 300.0  # seconds
 
 # Where distributions put what the tarball may lack.
@@ -141,14 +142,19 @@ def run_qtest(name: str, patches: Sequence[Patch]) -> None:
 def _recipe() -> Recipe:
     return Recipe(
         component="qemu",
-        configuration="\n".join([*OPTIONS, DEVICES.read_text()]),
-        inputs=(*map(str, FIRMWARE_PATH), *FIRMWARE),
+        configuration="\n".join(OPTIONS),
+        inputs=(DEVICES.read_text(), *FIRMWARE),
         compile=_compile,
     )
 
 
 def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
     _ninja(tree, folder, progress, BINARY)
+    # A device whose parent is not built in aborts any start; so start it.
+    run(
+        [folder / BINARY, "-machine", "help"],
+        stage="start qemu", log=cache.log_file("qemu"), deadline=START_DEADLINE,
+    )  # fmt: skip
     shutil.copy2(folder / BINARY, result)
     (result / "include" / "qemu").mkdir(parents=True)
     # Of this very tree: QEMU 10.2 added to the interface without raising its version.
@@ -163,14 +169,20 @@ def _ninja(tree: Tree, folder: Path, progress: Step, *targets: str) -> None:
     """Build the targets, after configuring the folder if that was not done yet."""
     log = cache.log_file("qemu")
     _add_missing(tree)
-    if not (folder / "build.ninja").exists():
+    configured = folder / "qvis-python"
+    # Also when our own environment has moved, for it is where meson is.
+    if not configured.exists() or configured.read_text() != sys.executable:
+        shutil.rmtree(folder)
+        folder.mkdir()
         run(
             [tree.src / "configure", f"--python={sys.executable}", *OPTIONS],
             cwd=folder,
+            env={"CC": cache.COMPILER},  # the one that results are named by
             stage="configure qemu",
             log=log,
             deadline=CONFIGURE_DEADLINE,
         )
+        configured.write_text(sys.executable)
 
     def follow(line: str) -> None:
         if match := re.match(r"\[(\d+)/(\d+)\]", line):

@@ -9,10 +9,11 @@ CONFIG_MICROVM=y
 CONFIG_Q35=y
 # Not used, but QEMU 10.2 does not link without: q35's tables call into CXL, and
 # there is one stub too few (our series adds it; the unpatched QEMU must build
-# as well). CXL wants PXB and its memory device.
+# as well). CXL wants PXB, its memory device and, to start, PCIe ports.
 CONFIG_CXL=y
 CONFIG_CXL_MEM_DEVICE=y
 CONFIG_PXB=y
+CONFIG_PCIE_PORT=y
 
 # Lets microvm have pcie=on, and with it the yardstick that is virtio-pci.
 CONFIG_PCI_DEVICES=y

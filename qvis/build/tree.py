@@ -11,6 +11,7 @@ of the rest are what makes the next build incremental.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ __all__ = ["BASE", "Tree", "open_tree"]
 
 BASE = "qvis-base"  # the tag of the unpatched sources in every tree of ours
 EXTRACT_DEADLINE = 900.0  # seconds
+DOUBT = 30.0  # seconds; no tool takes longer to write a file that it has begun
 CHECKPATCH_DEADLINE = 120.0  # seconds a patch
 
 
@@ -53,12 +55,13 @@ class Tree:
         Raises :class:`BuildError` that names the patch which does not apply,
         and the file and line that git complained about.
         """
-        done = len(patches)
-        while not (commit := self._known(patches[:done])):
-            done -= 1
-        if done < len(patches):
-            commit = self._apply(commit, patches[:done], patches[done:])
-        return commit
+        for done in range(len(patches), 0, -1):
+            if commit := self._known(patches[:done]):
+                break
+        else:
+            done = 0
+            commit = git(self.src, "rev-parse", f"{BASE}^{{commit}}", stage="series").strip()
+        return self._apply(commit, patches[:done], patches[done:])
 
     def checkout(self, patches: Sequence[Patch]) -> None:
         """Bring the work tree to the sources with these patches."""
@@ -74,29 +77,33 @@ class Tree:
 
     @contextmanager
     def building(self, configuration: str) -> Iterator[Path]:
-        """The build folder, kept from last time if it can be trusted.
+        """The build folder with all that is in it from last time, if it can be trusted.
 
-        It is emptied when it was made with another ``configuration``, or when
-        the last build in it was cut short so abruptly (kill -9, power, a full
-        disk) that make may have been left with half an object file.
+        It is emptied when it was made with another ``configuration``. When the
+        last build in it was cut short so abruptly (kill -9, power, a full disk)
+        that the tools could not clean up, what they wrote last is removed.
         """
         build = self.root / "build"
-        settled = self.root / "build.settled"
+        made_with = self.root / "build.configuration"
+        running = self.root / "build.running"
         wanted = f"{self.src}\n{configuration}"
-        if not settled.exists() or settled.read_text() != wanted:
-            shutil.rmtree(build, ignore_errors=True)
-        settled.unlink(missing_ok=True)
         with space_checked():
-            build.mkdir(exist_ok=True)
+            if not made_with.exists() or made_with.read_text() != wanted:
+                shutil.rmtree(build, ignore_errors=True)
+                build.mkdir()
+                made_with.write_text(wanted)
+            elif running.exists():
+                _distrust(build)
+            running.touch()
             try:
                 yield build
-            except InfraError:
+            except (InfraError, OSError):
                 raise
             except BaseException:
                 # A compiler said no, or the user did: the tools cleaned up.
-                settled.write_text(wanted)
+                running.unlink()
                 raise
-            settled.write_text(wanted)
+            running.unlink()
 
     def export(self, patches: Sequence[Patch], directory: Path) -> None:
         """A repository of a developer's own: the base, tagged, and the series as commits."""
@@ -114,6 +121,8 @@ class Tree:
             done = subprocess.run(
                 ["perl", "scripts/checkpatch.pl", "--terse", "--no-summary", *strict, file],
                 cwd=self.src,
+                # Neither the user's .checkpatch.conf nor perl's complaints about a locale.
+                env={"PATH": os.environ["PATH"], "HOME": str(self.root), "LC_ALL": "C"},
                 capture_output=True,
                 text=True,
                 timeout=CHECKPATCH_DEADLINE,
@@ -126,12 +135,13 @@ class Tree:
 
     def _known(self, patches: Sequence[Patch]) -> str:
         """The commit with these patches if it was made before, else an empty string."""
-        listing = git(self.src, "for-each-ref", "--format=%(objectname)", _ref(patches),
-                      stage="series")  # fmt: skip
-        return listing.strip()
+        ref = _ref(patches)
+        return git(self.src, "for-each-ref", "--format=%(objectname)", ref, stage="series").strip()
 
     def _apply(self, commit: str, before: Sequence[Patch], patches: Sequence[Patch]) -> str:
         """Apply ``patches`` on ``commit``, remember each step, and return the last."""
+        if not patches:
+            return commit
         scratch = self.root / "am"
         mails = self.root / "mails"
         self._discard(scratch, mails)
@@ -214,10 +224,27 @@ def open_tree(component: str) -> Tree:
     return Tree(source, root)
 
 
+def _distrust(build: Path) -> None:
+    """Remove what was being written when the last build died.
+
+    make takes an object for a good one because it is newer than its source,
+    even half an object. ninja does not: it believes its log only.
+    """
+    written = {
+        path: path.lstat().st_mtime
+        for path in build.rglob("*")
+        if not path.is_dir() and not path.name.startswith(".ninja_")
+    }
+    end = max(written.values(), default=0.0)
+    for path, time in written.items():
+        if time > end - DOUBT:
+            path.unlink()
+
+
 def _root(source: Source) -> Path:
     name = f"{source.component}-{source.version}-{source.sha256[:8]}"
     return cache_dir() / "trees" / name
 
 
 def _ref(patches: Sequence[Patch]) -> str:
-    return f"refs/qvis/{digest(patches)}" if patches else f"refs/tags/{BASE}"
+    return f"refs/qvis/{digest(patches)}"

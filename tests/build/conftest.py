@@ -21,6 +21,12 @@ FILES = {
     "common.h": "#define COMMON 1\n",
     "other.c": "int other;\n",
     ".gitignore": "*.blob\n",
+    # Stands in for the projects' own: it has one rule.
+    "scripts/checkpatch.pl": """\
+my ($patch) = grep { !/^--/ } @ARGV;
+open my $in, "<", $patch or die;
+while (<$in>) { print "$patch:$.: WARNING: ugly\n" if /^[+].*UGLY/; }
+""",
     "kept.blob": "what the project ignores is in its tarball all the same\n",
 }
 

@@ -114,36 +114,39 @@ def test_failed_build_makes_no_result_and_keeps_the_folder(toy: Toy, builder: Bu
     assert builder.seen == [[], ["object-1"]]
 
 
-def test_full_disk_makes_the_folder_untrusted(toy: Toy, builder: Builder) -> None:
-    recipe.build(builder.recipe(), ())
+def test_full_disk_makes_the_last_objects_untrusted(toy: Toy, builder: Builder) -> None:
     builder.trouble = OSError(28, "No space left on device")
     with pytest.raises(InfraError, match="disk is full"):
-        recipe.build(builder.recipe("", "more"), ())
+        recipe.build(builder.recipe(), ())
     builder.trouble = None
-    recipe.build(builder.recipe("", "more"), ())
-    assert builder.seen == [[], ["object-1"], []]
+    recipe.build(builder.recipe(), ())
+    assert builder.seen == [[], []]
 
 
 KILLED = """
-import os, signal
+import os, signal, time
 from pathlib import Path
-from qvis.build import cache, recipe, sources
+from qvis.build import recipe, sources
 sources.MANIFEST = Path({manifest!r})
 def compile(tree, folder, result, progress):
-    (folder / "half-an-object").touch()
+    for name in ("early", "early.log"):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - 300,) * 2)
+    for name in ("half-an-object", ".ninja_log"):
+        (folder / name).touch()
     (result / "half-a-result").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 recipe.build(recipe.Recipe("toy", "", (), compile), ())
 """
 
 
-def test_killed_build_is_begun_again(toy: Toy, builder: Builder) -> None:
+def test_killed_build_goes_on_without_what_it_wrote_last(toy: Toy, builder: Builder) -> None:
     code = KILLED.format(manifest=str(toy.manifest))
     child = subprocess.run([sys.executable, "-c", code], check=False)
     assert child.returncode == -signal.SIGKILL
     assert recipe.find(builder.recipe(), ()) is None
     result = recipe.build(builder.recipe(), ())
-    assert builder.seen == [[]]
+    assert builder.seen == [[".ninja_log", "early", "early.log"]]
     assert sorted(path.name for path in result.iterdir()) == ["main", "manifest.json"]
 
 
