@@ -127,7 +127,10 @@ def run_qtest(name: str, patches: Sequence[Patch]) -> None:
     with cache.lock("qemu"):
         tree = prepare(recipe, patches)
         log = cache.log_file("qemu")
-        with step(f"qtest {name}", log) as progress, tree.building(recipe.configuration) as folder:
+        with (
+            step(f"qtest {name}", log) as progress,
+            tree.building(patches, recipe.configuration) as folder,
+        ):
             _ninja(tree, folder, progress, BINARY, f"tests/qtest/{name}")
             run(
                 [folder / "tests" / "qtest" / name, "--tap"],

@@ -60,7 +60,7 @@ def build(recipe: Recipe, patches: Sequence[series.Patch]) -> Path:
         what = f"build {component} {tree.source.version} with {len(patches)} patches"
         with (
             progress.step(what, cache.log_file(component)) as step,
-            tree.building(recipe.configuration) as folder,
+            tree.building(patches, recipe.configuration) as folder,
             cache.create(component, name) as unfinished,
         ):
             recipe.compile(tree, folder, unfinished, step)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A source tree that can be put to any point of a series, and its build folder.
+"""A source tree that can be put to any point of a series, and its build folders.
 
 A tree is a git repository: the tarball is its first commit, and every prefix
 of a series that was ever asked for is a ref. Patches are applied beside the
 tree, in a worktree with an index but no files, so that one that does not apply
 leaves everything as it was. The tree then goes from one commit to the other in
-one checkout, which writes the files that differ and no others: the time stamps
-of the rest are what makes the next build incremental.
+one checkout, and the files in which it differs from what a build folder was
+last built from, and no others, get new time stamps: the next build is as
+incremental as can be.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = ["BASE", "Tree", "open_tree"]
 BASE = "qvis-base"  # the tag of the unpatched sources in every tree of ours
 EXTRACT_DEADLINE = 900.0  # seconds
 DOUBT = 30.0  # seconds; no tool takes longer to write a file that it has begun
+LONG_AGO = 978307200  # seconds since the epoch: 2001-01-01
 CHECKPATCH_DEADLINE = 120.0  # seconds a patch
 
 
@@ -76,24 +78,35 @@ class Tree:
             git(self.src, "clean", "-fdq", stage="checkout")
 
     @contextmanager
-    def building(self, configuration: str) -> Iterator[Path]:
+    def building(self, patches: Sequence[Patch], configuration: str) -> Iterator[Path]:
         """The build folder with all that is in it from last time, if it can be trusted.
 
-        It is emptied when it was made with another ``configuration``. When the
-        last build in it was cut short so abruptly (kill -9, power, a full disk)
-        that the tools could not clean up, what they wrote last is removed.
+        The work tree has these ``patches``. There is a folder for the patched
+        and one for the unpatched sources, so that neither costs the other its
+        objects. It is emptied when it was made with another ``configuration``.
+        When the last build in it was cut short so abruptly (kill -9, power, a
+        full disk) that the tools could not clean up, what they wrote last is
+        removed.
         """
-        build = self.root / "build"
-        made_with = self.root / "build.configuration"
-        running = self.root / "build.running"
+        name = "build" if patches else "build-base"
+        build = self.root / name
+        made_with = self.root / f"{name}.configuration"
+        running = self.root / f"{name}.running"
+        commits = self.root / f"{name}.commits"
         wanted = f"{self.src}\n{configuration}"
+        commit = self.commit(patches)
         with space_checked():
             if not made_with.exists() or made_with.read_text() != wanted:
                 shutil.rmtree(build, ignore_errors=True)
+                commits.unlink(missing_ok=True)
                 build.mkdir()
                 made_with.write_text(wanted)
             elif running.exists():
                 _distrust(build)
+            # Objects may be of the last commit that was built, and of any that failed since.
+            before = commits.read_text().split() if commits.exists() else []
+            self._set_times(before, commit)
+            commits.write_text("\n".join([*before, commit]))
             running.touch()
             try:
                 yield build
@@ -103,7 +116,26 @@ class Tree:
                 # A compiler said no, or the user did: the tools cleaned up.
                 running.unlink()
                 raise
+            commits.write_text(commit)
             running.unlink()
+
+    def _set_times(self, before: Sequence[str], commit: str) -> None:
+        """Make those files new that differ from the commits that were built before.
+
+        The others that a checkout may have written hold what the objects were
+        made from, so they get a time that is older than any object.
+        """
+        changed = {name for one in before for name in self._differing(one, commit)}
+        written = self.root / "written"
+        known = set(written.read_text().splitlines()) if written.exists() else set()
+        known |= changed | set(self._differing(BASE, commit))
+        written.write_text("\n".join(sorted(known)))
+        for name in known:
+            if (self.src / name).exists():
+                os.utime(self.src / name, None if name in changed else (LONG_AGO, LONG_AGO))
+
+    def _differing(self, one: str, other: str) -> list[str]:
+        return git(self.src, "diff", "--name-only", one, other, stage="checkout").splitlines()
 
     def export(self, patches: Sequence[Patch], directory: Path) -> None:
         """A repository of a developer's own: the base, tagged, and the series as commits."""
