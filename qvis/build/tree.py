@@ -96,7 +96,8 @@ class Tree:
         wanted = f"{self.src}\n{configuration}"
         commit = self.commit(patches)
         with space_checked():
-            if not made_with.exists() or made_with.read_text() != wanted:
+            known = made_with.exists() and made_with.read_text() == wanted
+            if not known or not commits.exists():
                 shutil.rmtree(build, ignore_errors=True)
                 commits.unlink(missing_ok=True)
                 build.mkdir()
