@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -108,8 +109,9 @@ class Folder:
     def keep_logs(self) -> Path:
         """Move the logs to where they outlive the machine; the folder that holds them."""
         kept = state_dir() / "logs"
-        target = kept / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        target.mkdir(mode=0o700, parents=True)
+        kept.mkdir(mode=0o700, exist_ok=True)
+        stem = f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}-"
+        target = Path(tempfile.mkdtemp(prefix=stem, dir=kept))
         for name in (CONSOLE_LOG, QEMU_LOG, LAUNCH, EXIT):
             # What cannot be copied, on a full disk say, is not worth hiding the reason for it.
             with suppress(OSError):

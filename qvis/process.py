@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import BuildError, InfraError, QvisError
 
-__all__ = ["run", "tail"]
+__all__ = ["TAIL_LINES", "run", "tail"]
 
 TAIL_LINES = 15
 GRACE = 5.0  # seconds between asking a process group to end and killing it

@@ -32,9 +32,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     previous = os.environ.get("QVIS_STATE")
     os.environ["QVIS_STATE"] = str(folder)
     yield folder
-    end = time.monotonic() + 5  # a process that has let go of its lock still has to exit
-    while (survivors := processes(str(folder))) and time.monotonic() < end:
-        time.sleep(0.05)
+    gone(str(folder), 5)
+    survivors = processes(str(folder))
     for folder_left in (folder / "machines").glob("*"):
         survivors.append(f"folder {folder_left.name}")
     if previous is None:
@@ -58,6 +57,19 @@ def processes(text: str) -> list[str]:
         if line and (text in line or place.startswith(text)):
             found.append(f"{process.name}: {line}")
     return found
+
+
+def gone(text: str, wait: float = 10.0) -> bool:
+    """Whether no process names ``text`` any more, within ``wait`` seconds.
+
+    A process that has let go of its lock still has to exit.
+    """
+    end = time.monotonic() + wait
+    while processes(text):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 @pytest.fixture(scope="session", params=["tcg", "kvm"])

@@ -37,7 +37,7 @@ class Tcg(QemuBackend):
         are useless as soon as the host is busy.
         """
         khz = _host_tsc_khz()
-        return f"tsc_early_khz={khz} tsc=reliable lpj={khz * 1000 // KERNEL_HZ}"
+        return f"tsc_early_khz={khz} tsc=reliable lpj={khz * 1000 // KERNEL_HZ} no_timer_check"
 
 
 @functools.cache

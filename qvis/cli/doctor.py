@@ -92,7 +92,7 @@ def _space() -> Iterator[Finding]:
             continue
         free = shutil.disk_usage(folder).free
         text = f"{folder}, {free / (1 << 30):.1f} GiB free"
-        built = any((folder / "builds").glob("*/*")) if name == "cache" else True
+        built = any((folder / "results").glob("*")) if name == "cache" else True
         if free < (NEEDED_SPACE if not built else 1 << 30):
             remedy = f"free some, or set QVIS_{name.upper()} to a larger disk"
             yield Finding(name, Verdict.MISSING, f"{text}: too little", remedy)

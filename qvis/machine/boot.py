@@ -17,12 +17,15 @@ from pathlib import Path
 
 from ..errors import BootError, InfraError, QvisError
 from ..folder import CONSOLE_LOG, EXIT, QEMU_LOG, Folder
-from ..process import tail
+from ..process import TAIL_LINES, tail
 from ..spec import MachineSpec
 
 __all__ = ["Boot", "Stage", "time_scale"]
 
 POLL = 0.01  # seconds between looks at the console
+# A guest whose host had no time for it while it calibrated its APIC timer goes on
+# without one, and then waits for ever (arch/x86/kernel/apic/apic.c).
+NO_TIMER = "disabling apic timer"
 PANIC = "Kernel panic - not syncing"
 # How long the rest of a panic's text may take to arrive before it is shown.
 PANIC_SETTLE = 0.5
@@ -117,8 +120,13 @@ class Boot:
                 return
             if PANIC in text:
                 self._folder.wait_dead(PANIC_SETTLE)
-                line = next(line for line in self._text().splitlines() if PANIC in line)
-                raise self.failure(f"the guest panicked: {line.split(PANIC)[1].strip(' :-')}")
+                raise self._panic()
+            if NO_TIMER in text:
+                raise self.failure(
+                    "the host was too busy for the guest to calibrate its timer: try again when "
+                    "it has less to do",
+                    InfraError,
+                )
             if problem := self.ended():
                 # What it printed last may have come after we looked.
                 if marker in self._text() and PANIC not in self._text():
@@ -131,6 +139,15 @@ class Boot:
                     f"no sign of {marker.strip()!r} on the console within {deadline:.0f} s"
                 )
             time.sleep(POLL)
+
+    def _panic(self) -> QvisError:
+        """What the guest panicked of, with the lines around it."""
+        lines = self._text().splitlines()
+        at = next(number for number, line in enumerate(lines) if PANIC in line)
+        reason = lines[at].split(PANIC)[1].strip(" :-")
+        return BootError(
+            f"the guest panicked: {reason}", tail=lines[max(0, at - 3) : at - 3 + TAIL_LINES]
+        )
 
     def _text(self) -> str:
         try:

@@ -18,7 +18,17 @@ from .. import backends
 from ..backends import Backend, Choice
 from ..build import Entry, pack
 from ..errors import BootError, InfraError, LostMachineError, QvisError
-from ..folder import INITRD, LAUNCH, MACHINE, MIGRATION_SOCKET, Folder, check_free, claim, running
+from ..folder import (
+    CONSOLE_LOG,
+    INITRD,
+    LAUNCH,
+    MACHINE,
+    MIGRATION_SOCKET,
+    Folder,
+    check_free,
+    claim,
+    running,
+)
 from ..guest.interrupts import Interrupts
 from ..openssh import CLIENT_KEY, KNOWN_HOSTS, write_config
 from ..progress import note, step
@@ -217,7 +227,8 @@ def _start(
     except BaseException as problem:
         if isinstance(problem, QvisError):
             problem.command = problem.command or (folder.read(LAUNCH) or {}).get("command")
-            problem.log = problem.log or folder.keep_logs()
+            with contextlib.suppress(OSError):
+                problem.log = problem.log or folder.keep_logs()
         if lifeline is None:
             os.close(lock)
         else:
@@ -277,7 +288,7 @@ def _follow(
     boots: bool,
 ) -> Machine:
     start = time.monotonic()
-    with step(f"boot {spec.name}", folder / "console.log") as shown:
+    with contextlib.ExitStack() as undo, step(f"boot {spec.name}", folder / CONSOLE_LOG) as shown:
         scale = time_scale(spec, backend.slowdown)
         boot = Boot(folder, scale, shown.say)
         sessions: list[Qmp] = []
@@ -290,6 +301,7 @@ def _follow(
 
         boot.stage("launch", LAUNCH_DEADLINE, launch)
         qmp = sessions[0]
+        undo.callback(qmp.close)
         forward = FORWARD.search(qmp.monitor("info usernet"))
         if not forward:
             raise InfraError("QEMU forwards no port to the guest's SSH", stage="launch")
@@ -297,6 +309,7 @@ def _follow(
         write_config(folder.path, host_alias(folder.path), info["ssh_port"])
         machine = Machine(folder, info, lifeline)
         machine._qmp = qmp
+        undo.callback(machine.ssh.close)
         if boots:
             boot.follow_console()
 
@@ -309,5 +322,6 @@ def _follow(
 
             boot.stage("ssh", SSH_DEADLINE * scale, login)
         info["boot"] = {"stages": boot.times, "total": time.monotonic() - start}
-    folder.write(MACHINE, info)
+        folder.write(MACHINE, info)
+        undo.pop_all()
     return machine

@@ -91,6 +91,7 @@ def queue1(vm: Machine) -> Iterator[tuple[Vector, Bits]]:
         pytest.skip("a line has no mask of its own in the device")
     vector = next(v for v in vm.irqs.vectors() if v.queue == 1)
     vm.irqs.set_affinity(vector.irq, "2")
+    load.run(vm.ssh, 1, 1)  # MSI-X moves with the next interrupt only
     # Both drivers give configuration vector 0 and queue n vector n + 1.
     make = pci_bits if vm.spec.transport is qvis.Transport.PCI else msi_bits
     bits = make(vm, vector, 2)
@@ -153,16 +154,17 @@ def test_unmask_without_an_interrupt_delivers_none(
 
 
 def test_moved_while_masked_and_pending(vm: Machine, queue1: tuple[Vector, Bits]) -> None:
-    """The pending interrupt goes to where the vector points when it is unmasked."""
+    """A pending interrupt takes the message that the vector has when it is unmasked."""
     vector, bits = queue1
     before = count(vm, vector.irq)
     vm.ssh.run(bits.mask)
     start_read(vm)
     assert not read_ended(vm, 0.5)
     vm.irqs.set_affinity(vector.irq, "3")
-    # The kernel moved it by unmasking where the driver thinks that it is unmasked.
     vm.ssh.run(bits.unmask)
     assert read_ended(vm, 5.0)
     after = count(vm, vector.irq)
-    assert sum(after.values()) - sum(before.values()) == 1
+    arrived = {cpu: after[cpu] - before[cpu] for cpu in after if after[cpu] != before[cpu]}
+    # MSI-X takes the old message once more: that interrupt is what moves it.
+    assert arrived == {2 if vm.spec.transport is qvis.Transport.PCI else 3: 1}
     vm.irqs.set_affinity(vector.irq, "2")

@@ -16,7 +16,7 @@ import qvis
 from qvis.backends.tcg import Tcg
 from qvis.build import Entry, build_all, pack
 from qvis.machine import boot as stages
-from tests.conftest import processes
+from tests.conftest import gone
 
 
 def failing(**changes: Path) -> Tcg:
@@ -68,7 +68,7 @@ def fails(state: Path) -> Callable[..., qvis.QvisError]:
             qvis.up(backend=backend, name="bad", smp=1, transport="intx", **what)  # type: ignore[arg-type]
         folder = state / "machines" / "bad"
         assert not folder.exists()
-        assert not processes(str(folder))
+        assert gone(str(folder))
         assert caught.value.log
         assert caught.value.log.is_dir()
         assert caught.value.command

@@ -21,19 +21,9 @@ from qvis.folder import QMP_CLIENTS, Folder, qmp_sockets
 from qvis.machine.machine import Machine
 from qvis.machine.qmp import Qmp
 from qvis.transport import Transport
-from tests.conftest import processes
+from tests.conftest import gone, processes
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def gone(text: str, wait: float = 10.0) -> bool:
-    """Whether no process names ``text`` any more, within ``wait`` seconds."""
-    end = time.monotonic() + wait
-    while processes(text):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_with_block_ends_the_machine(backend: str) -> None:
