@@ -18,6 +18,10 @@ from .tree import BASE, open_tree
 
 __all__ = ["BASE", "apply", "check", "check_builds", "refresh"]
 
+# Lines of context: one less than usual, since a series is to apply to all point
+# releases of a branch (6.12.117 reworked what stands beside our changes).
+CONTEXT = "--unified=2"
+
 
 def apply(component: str, directory: Path) -> None:
     """Make a git repository in ``directory``: the base, tagged, and the series as commits.
@@ -84,7 +88,7 @@ def refresh(component: str, tree: Path) -> tuple[series.Patch, ...]:
     try:
         git(
             tree, "-c", "core.abbrev=12", "format-patch", "--quiet", "-N", "--no-signature",
-            "--zero-commit", "--no-base", "--no-thread", "-o", new, f"{BASE}..HEAD",
+            "--zero-commit", "--no-base", "--no-thread", CONTEXT, "-o", new, f"{BASE}..HEAD",
             stage="refresh",
         )  # fmt: skip
         names = sorted(file.name for file in new.iterdir())
