@@ -39,6 +39,9 @@ USER_QMP = "qmp.sock"  # for the user's own tools: qvis never connects to it
 QMP_CLIENTS = 4  # how many qvis processes can speak QMP to one machine at once
 KEPT_LOGS = 10  # folders of failed boots that are kept to be read
 
+SSH_CONTROL = "ssh.sock"
+# OpenSSH binds its control socket under this longer name first.
+SOCKETS = (CONSOLE_SOCKET, MIGRATION_SOCKET, USER_QMP, f"{SSH_CONTROL}.{'x' * 16}")
 # sun_path holds 108 bytes with its terminating zero (unix(7)).
 LONGEST_SOCKET_PATH = 107
 
@@ -61,10 +64,14 @@ class Folder:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody holds the lock."""
+        """Whether somebody holds the lock.
+
+        Looking takes it shared and for a moment, so that those who look do not
+        take each other for the holder.
+        """
         try:
             with (self / LOCK).open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
@@ -103,8 +110,20 @@ class Folder:
         temporary.rename(self / name)
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder of a machine that is gone, with all that is in it.
+
+        A machine that has taken the name meanwhile is left alone.
+        """
+        with _all_locked():
+            if not self.alive:
+                self._remove_locked()
+
+    def _remove_locked(self) -> None:
+        # Out of the way in one step, so that nobody sees half of it.
+        trash = Path(tempfile.mkdtemp(prefix="removed-", dir=state_dir()))
+        with suppress(FileNotFoundError):
+            self.path.rename(trash / self.name)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def keep_logs(self) -> Path:
         """Move the logs to where they outlive the machine; the folder that holds them."""
@@ -173,17 +192,22 @@ def claim(name: str | None) -> tuple[Folder, int]:
             name = next(free for n in range(1, len(taken) + 2) if (free := f"vm{n}") not in taken)
         check_free(name)
         folder = Folder(_root() / name)
-        longest = max(len(os.fsencode(path)) for path in qmp_sockets(folder.path).values())
+        longest = max(len(os.fsencode(folder / name)) for name in SOCKETS)
         if longest > LONGEST_SOCKET_PATH:
             raise InfraError(
                 f"the path of a socket in {folder.path} is {longest} bytes long and Unix sockets "
                 f"allow {LONGEST_SOCKET_PATH}: set QVIS_STATE to a shorter folder"
             )
-        folder.remove()
+        folder._remove_locked()
         folder.path.mkdir(mode=0o700)
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(lock, str(os.getpid()).encode())
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # at most somebody looks at it for a moment
+            os.write(lock, str(os.getpid()).encode())
+        except BaseException:
+            os.close(lock)
+            folder._remove_locked()
+            raise
         return folder, lock
 
 

@@ -15,13 +15,14 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from .folder import SSH_CONTROL
+
 __all__ = ["CLIENT_KEY", "KNOWN_HOSTS", "USER", "client_command", "close_sessions", "write_config"]
 
 USER = "root"
 CLIENT_KEY = "id_ed25519"
 KNOWN_HOSTS = "known_hosts"
 CONFIG = "ssh_config"
-CONTROL = "ssh.sock"
 CLOSE_DEADLINE = 5.0  # seconds
 
 
@@ -43,7 +44,7 @@ def write_config(folder: Path, alias: str, port: int) -> None:
     StrictHostKeyChecking yes
     PasswordAuthentication no
     ControlMaster auto
-    ControlPath "{folder / CONTROL}"
+    ControlPath "{folder / SSH_CONTROL}"
     ControlPersist yes
     ServerAliveInterval 15
     ServerAliveCountMax 4
@@ -61,7 +62,7 @@ def client_command(folder: Path, command: Sequence[str] = ()) -> list[str]:
 
 def close_sessions(folder: Path) -> None:
     """End the session in the background, if there is one."""
-    if (folder / CONTROL).exists():
+    if (folder / SSH_CONTROL).exists():
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(
                 [*client_command(folder)[:3], "-O", "exit", folder.name],

@@ -116,7 +116,7 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["qvis", *words], capture_output=True, text=True, timeout=120, check=False, **more
+            ["qvis", *words], capture_output=True, text=True, timeout=400, check=False, **more
         )
 
     return run

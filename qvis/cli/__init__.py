@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import signal
+import subprocess
 import sys
 from types import FrameType
 from typing import NoReturn, Protocol
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb. Errors become one line on stderr and a documented exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _interrupted)
-    signal.signal(signal.SIGHUP, _interrupted)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+        signal.signal(signal.SIGHUP, _interrupted)
     try:
         return _dispatch(words)
     except QvisError as problem:
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever read our output has had enough; keep the interpreter's own flush quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as problem:
+    except (OSError, subprocess.SubprocessError) as problem:
         report(InfraError(str(problem)))
         return InfraError.exit_code
 
@@ -108,7 +110,9 @@ def _dispatch(words: list[str]) -> int:
     module: Verb = importlib.import_module(f"{__name__}.{verb}")
     own = _Parser(prog=f"qvis {verb}", description=VERBS[verb])
     module.configure(own)
-    return module.run(own.parse_args(rest))
+    status = module.run(own.parse_args(rest))
+    sys.stdout.flush()  # here, where a full disk or a reader that left is still ours to report
+    return status
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

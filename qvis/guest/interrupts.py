@@ -21,6 +21,7 @@ SNAPSHOT = (
     "cd /sys/bus/virtio/devices && ls -l */driver; echo ==; "
     "cat /sys/devices/system/cpu/online"
 )
+BATCH = 50  # interrupts a command; dropbear takes none longer than 9,000 bytes
 # "virtio0-req.1" and "virtio0-config" (virtio-pci, and virtio-mmio with MSI), or
 # plain "virtio0" for virtio-mmio's one line.
 ACTION = re.compile(r"(virtio\d+)(?:-(\S+))?")
@@ -123,21 +124,24 @@ class Interrupts:
         return [moved.get(vector.irq, vector) for vector in vectors]
 
     def _move(self, targets: dict[int, frozenset[int]]) -> dict[int, Vector]:
-        script = "; ".join(
-            f"echo {format_cpus(cpus)} > /proc/irq/{irq}/smp_affinity_list || echo REFUSED {irq}"
-            for irq, cpus in targets.items()
-        )
-        done = self._shell.run(f"{script}; echo ==; {SNAPSHOT}")
-        before, _, snapshot = done.stdout.partition("==\n")
-        if "REFUSED" in before:
-            reason = done.stderr.strip() or "no reason"
+        refused, reasons = [], []
+        items = list(targets.items())
+        for start in range(0, len(items), BATCH):
+            script = "; ".join(
+                f"echo {format_cpus(cpus)} > /proc/irq/{irq}/smp_affinity_list || echo {irq}"
+                for irq, cpus in items[start : start + BATCH]
+            )
+            done = self._shell.run(script)
+            refused += done.stdout.split()
+            reasons.append(done.stderr.strip())
+        if refused:
             raise GuestError(
-                f"the guest's kernel refuses to move IRQ {before.split()[1]} ({reason}); "
+                f"the guest's kernel refuses to move IRQ {refused[0]} "
+                f"({' '.join(reasons) or 'no reason'}); "
                 "an interrupt that it manages itself cannot be moved",
                 stage="irq",
             )
-        vectors = {vector.irq: vector for vector in parse(snapshot)[0]}
-        return {irq: vectors[irq] for irq in targets}
+        return {vector.irq: vector for vector in self.vectors() if vector.irq in targets}
 
 
 def parse(snapshot: str) -> tuple[list[Vector], frozenset[int]]:

@@ -40,13 +40,14 @@ class Console:
         Raises :class:`GuestError` when the shell has not come back within
         ``deadline`` seconds, with what the console said meanwhile.
         """
-        # The echo of the line does not hold the mark in one piece; its output does.
-        mark = uuid.uuid4().hex[:12]
-        typed, printed = f"{mark[:6]}''{mark[6:]}".encode(), mark.encode()
+        # The line that is echoed holds neither mark in one piece; what it prints does. (The
+        # echo itself cannot be matched: the shell breaks it where its terminal ends.)
+        first, last = (uuid.uuid4().hex[:12] for _ in range(2))
+        begin, end = (f"echo {mark[:6]}''{mark[6:]}" for mark in (first, last))
         try:
-            self._spawn.sendline(f"{command}; echo; echo {typed.decode()}")
-            self._spawn.expect(re.compile(typed + rb"\r*\n"), timeout=deadline)
-            self._spawn.expect(re.compile(rb"\r*\n" + printed + rb"\r*\n"), timeout=deadline)
+            self._spawn.sendline(f"{begin}; {command}; echo; {end}")
+            self._spawn.expect(re.compile(first.encode() + rb"\r*\n"), timeout=deadline)
+            self._spawn.expect(re.compile(rb"\r*\n" + last.encode() + rb"\r*\n"), timeout=deadline)
         except (pexpect.TIMEOUT, pexpect.EOF) as problem:
             said = _text(self._spawn.before)
             raise GuestError(

@@ -79,14 +79,15 @@ def main(arguments: list[str]) -> int:
                 break  # the owner is gone
     abandoned = owned and child.poll() is None and not asked_to_end
     _end(child)
-    status = child.returncode
-    # Signals are negative in Python; 0 is a guest that shut itself down.
-    folder.write(
-        EXIT,
-        {"status": status, "time": time.time(), "asked": asked_to_end, "abandoned": abandoned},
-    )
-    if abandoned:
-        folder.remove()
+    if not abandoned:
+        # Signals are negative in Python; 0 is a guest that shut itself down.
+        with contextlib.suppress(OSError):
+            facts = {"status": child.returncode, "time": time.time(), "asked": asked_to_end}
+            folder.write(EXIT, facts)
+        return 0
+    # Nobody is left to look at it. Our own lock would keep the folder from being removed.
+    os.close(lock)
+    folder.remove()
     return 0
 
 

@@ -24,6 +24,7 @@ from ..folder import (
     LAUNCH,
     MACHINE,
     MIGRATION_SOCKET,
+    QEMU_LOG,
     Folder,
     check_free,
     claim,
@@ -56,13 +57,20 @@ class Machine:
     on, or that :meth:`attach` found, goes on by itself.
     """
 
-    def __init__(self, folder: Folder, info: dict[str, Any], lifeline: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        info: dict[str, Any],
+        lifeline: int | None = None,
+        choice: Choice | None = None,
+    ) -> None:
         self.folder = folder
         self.name = folder.name
         self.info = info
         """Specification, SSH port, boot times in seconds and provenance, as ``qvis up --json``."""
         self.spec = MachineSpec.from_json(info["spec"])
         self._lifeline = lifeline
+        self._choice = choice
         self._qmp: Qmp | None = None
         self.ssh = Ssh(folder.path, info["ssh_port"])
 
@@ -97,7 +105,10 @@ class Machine:
     def detach(self) -> None:
         """Let the machine go on when this process ends."""
         if self._lifeline is not None:
-            os.write(self._lifeline, keeper.DETACH)
+            try:
+                os.write(self._lifeline, keeper.DETACH)
+            except OSError as problem:
+                raise LostMachineError(f"machine {self.name!r} died just now") from problem
             os.close(self._lifeline)
             self._lifeline = None
 
@@ -124,30 +135,46 @@ class Machine:
         :class:`InfraError` with QEMU's reason when the migration fails; the
         guest then goes on here.
         """
-        choice = backends.choose(self.info["provenance"]["backend"])
+        choice = self._choice or backends.choose(self.info["provenance"]["backend"])
         target = _start(self.spec, name, choice, source=self.folder)
         try:
             self.qmp("migrate", uri=f"unix:{target.folder / MIGRATION_SOCKET}")
             limit = time.monotonic() + MIGRATION_DEADLINE
             self._await_migration(limit)
-            while target.qmp("query-status")["status"] != "running" and time.monotonic() < limit:
-                time.sleep(POLL)
+            target._await_guest(limit)
         except BaseException:
             target.down()
+            self._resume()
             raise
         self.down()
         return target
 
     def _await_migration(self, limit: float) -> None:
-        """Wait until the guest has left; should it not, it goes on here."""
+        """Wait until the guest has left."""
         while (state := self.qmp("query-migrate"))["status"] != "completed":
             if state["status"] in {"failed", "cancelled"} or time.monotonic() > limit:
-                with contextlib.suppress(QvisError):
-                    self.qmp("migrate_cancel")
-                    self.qmp("cont")
                 reason = state.get("error-desc", "it took too long")
                 raise InfraError(f"the guest did not move: {reason}", stage="migration")
             time.sleep(POLL)
+
+    def _await_guest(self, limit: float) -> None:
+        """Wait until the guest that came here runs."""
+        while self.qmp("query-status")["status"] != "running":
+            if time.monotonic() > limit:
+                raise InfraError("the guest moved, but does not run", stage="migration")
+            time.sleep(POLL)
+
+    def _resume(self) -> None:
+        """Let the guest go on here after a migration that failed, at whatever point."""
+        with contextlib.suppress(QvisError):
+            self.qmp("migrate_cancel")
+            limit = time.monotonic() + CLEANUP_DEADLINE
+            while self.qmp("query-migrate").get("status") == "cancelling":
+                if time.monotonic() > limit:
+                    return
+                time.sleep(POLL)
+            if not self.qmp("query-status")["running"]:
+                self.qmp("cont")
 
     def __enter__(self) -> Self:
         return self
@@ -217,13 +244,15 @@ def _start(
                 f"cannot prepare {folder.path}: {problem}", stage="launch"
             ) from problem
         lifeline = _start_keeper(folder, lock)
+        # From here on only the keeper holds the lock: when it dies, so has the machine.
+        os.close(lock)
         info = {
             "name": folder.name,
             "spec": spec.to_json(),
             "backend_reason": choice.reason,
             "provenance": launch.provenance,
         }
-        return _follow(folder, spec, backend, info, lifeline, boots=source is None)
+        return _follow(folder, spec, choice, info, lifeline, boots=source is None)
     except BaseException as problem:
         if isinstance(problem, QvisError):
             problem.command = problem.command or (folder.read(LAUNCH) or {}).get("command")
@@ -260,28 +289,30 @@ def _prepare(folder: Folder, base: Path, source: Folder | None) -> None:
 
 
 def _start_keeper(folder: Folder, lock: int) -> int:
-    """Start the keeper and hand it the lock; the lifeline that holds it."""
+    """Start the keeper, which takes the lock over; the lifeline that holds it."""
     ours, lifeline = os.pipe()
     try:
-        subprocess.Popen(
-            [sys.executable, "-m", "qvis.machine.keeper", str(folder.path), str(lock)],
-            stdin=ours,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[lock],
-            start_new_session=True,
-        )
+        with (folder / QEMU_LOG).open("ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "qvis.machine.keeper", str(folder.path), str(lock)],
+                stdin=ours,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock],
+                start_new_session=True,
+            )
+    except BaseException:
+        os.close(lifeline)
+        raise
     finally:
-        # From here on only the keeper holds the lock: when it dies, so has the machine.
         os.close(ours)
-        os.close(lock)
     return lifeline
 
 
 def _follow(
     folder: Folder,
     spec: MachineSpec,
-    backend: Backend,
+    choice: Choice,
     info: dict[str, Any],
     lifeline: int,
     *,
@@ -289,7 +320,7 @@ def _follow(
 ) -> Machine:
     start = time.monotonic()
     with contextlib.ExitStack() as undo, step(f"boot {spec.name}", folder / CONSOLE_LOG) as shown:
-        scale = time_scale(spec, backend.slowdown)
+        scale = time_scale(spec, choice.backend.slowdown)
         boot = Boot(folder, scale, shown.say)
         sessions: list[Qmp] = []
 
@@ -307,7 +338,7 @@ def _follow(
             raise InfraError("QEMU forwards no port to the guest's SSH", stage="launch")
         info["ssh_port"] = int(forward[1])
         write_config(folder.path, host_alias(folder.path), info["ssh_port"])
-        machine = Machine(folder, info, lifeline)
+        machine = Machine(folder, info, lifeline, choice)
         machine._qmp = qmp
         undo.callback(machine.ssh.close)
         if boots:

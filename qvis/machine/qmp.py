@@ -3,26 +3,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError
-from qemu.qmp.legacy import QEMUMonitorProtocol
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
 
 from ..errors import InfraError, LostMachineError, UsageError
 from ..folder import Folder, qmp_sockets
 
 __all__ = ["Qmp"]
 
+T = TypeVar("T")
+
 CONNECT_DEADLINE = 10.0  # seconds
 COMMAND_DEADLINE = 60.0
+CLOSE_DEADLINE = 5.0
 POLL = 0.01
+EVENT_POLL = 0.5
 
 # It logs as errors what is raised to us anyway.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -39,24 +44,26 @@ class Qmp:
     def __init__(self, folder: Folder, deadline: float = CONNECT_DEADLINE) -> None:
         """Connect; :class:`InfraError` when all monitors are taken, and
         :class:`LostMachineError` when none answers within ``deadline`` seconds."""
-        self._machine = folder.name
+        self._folder = folder
         self._lock, socket = _free_socket(folder)
         end = time.monotonic() + deadline
+        self._loop = asyncio.new_event_loop()
         while True:
             # Where QEMU is just starting, it is not there yet, or nobody listens to it yet.
             while not socket.exists() and folder.alive and time.monotonic() < end:
                 time.sleep(POLL)
-            self._protocol = QEMUMonitorProtocol(str(socket))
-            self._protocol.settimeout(max(0.1, end - time.monotonic()))
+            self._client = QMPClient(folder.name)
             try:
-                self._protocol.connect()
+                self._sync(self._client.connect(str(socket)), max(0.1, end - time.monotonic()))
             except (QMPError, OSError) as problem:  # which TimeoutError is
                 if time.monotonic() < end and folder.alive:
                     time.sleep(POLL)
                     continue
-                os.close(self._lock)
+                self.close()
                 raise LostMachineError(
-                    f"machine {folder.name!r} does not answer on QMP ({problem})", stage="qmp"
+                    f"machine {folder.name!r} does not answer on QMP "
+                    f"({problem or 'no greeting in time'})",
+                    stage="qmp",
                 ) from problem
             return
 
@@ -66,14 +73,13 @@ class Qmp:
         Raises :class:`UsageError` with QEMU's words when it refuses, and
         :class:`LostMachineError` when the connection breaks.
         """
-        self._protocol.settimeout(COMMAND_DEADLINE)
         try:
-            return self._protocol.cmd(command, **arguments)
+            return self._sync(self._client.execute(command, arguments or None), COMMAND_DEADLINE)
         except ExecuteError as problem:
             raise UsageError(f"QMP {command}: {problem}") from problem
         except (ExecInterruptedError, QMPError, OSError) as problem:
             raise LostMachineError(
-                f"machine {self._machine!r} went away during QMP {command} ({problem!r})",
+                f"machine {self._folder.name!r} went away during QMP {command} ({problem!r})",
                 stage="qmp",
             ) from problem
 
@@ -83,25 +89,32 @@ class Qmp:
 
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """Events as they come, until none came for ``timeout`` seconds or the machine ended."""
-        while True:
+        last = time.monotonic()
+        while timeout is None or time.monotonic() < last + timeout:
             try:
-                event = self._protocol.pull_event(wait=timeout or True)
+                # A connection that ends does not wake this up, hence the short waits.
+                event = self._sync(self._client.events.get(), EVENT_POLL)
+            except TimeoutError:
+                if not self._folder.alive:
+                    return
+                continue
             except (QMPError, OSError):
                 return
-            if event is None:
-                return
+            last = time.monotonic()
             yield dict(event)
 
     def close(self) -> None:
         """End the session; the monitor is free for the next one."""
         if self._lock >= 0:
-            try:
-                self._protocol.close()
-            except (QMPError, OSError, EOFError):
-                pass
-            finally:
-                os.close(self._lock)
-                self._lock = -1
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                self._sync(self._client.disconnect(), CLOSE_DEADLINE)
+            self._loop.close()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _sync(self, work: Awaitable[T], deadline: float) -> T:
+        """Wait for ``work`` on this session's own event loop, for ``deadline`` seconds."""
+        return self._loop.run_until_complete(asyncio.wait_for(work, deadline))
 
     def __enter__(self) -> Self:
         return self

@@ -116,6 +116,7 @@ class Ssh:
                     look_for_keys=False,
                 )
             except paramiko.BadHostKeyException as problem:
+                client.close()
                 raise LostMachineError(f"not the machine's host key: {problem}") from problem
             except (OSError, EOFError, paramiko.SSHException) as problem:
                 client.close()
@@ -132,8 +133,9 @@ class Ssh:
         """Run ``command`` with the guest's shell.
 
         Raises :class:`GuestError` when it does not end within ``deadline``
-        seconds or, with ``check``, ends with a status other than 0;
-        :class:`LostMachineError` when the connection breaks.
+        seconds (it may then still run in the guest) or, with ``check``, ends
+        with a status other than 0; :class:`LostMachineError` when the
+        connection breaks.
         """
         if self._client is None:
             self.connect(deadline)
@@ -156,6 +158,9 @@ class Ssh:
             raise LostMachineError(
                 f"the connection broke during {command!r}: {problem}", stage="ssh"
             ) from problem
+        if status < 0 and not transport.is_active():  # paramiko's word for no status at all
+            self.close()
+            raise LostMachineError(f"the connection broke during {command!r}", stage="ssh")
         done = Completed(command, status, stdout, stderr)
         if check and status:
             raise GuestError(
@@ -177,6 +182,8 @@ def _drain(channel: paramiko.Channel, end: float) -> tuple[str, str]:
     """Both outputs to their ends: reading one after the other could block the guest."""
     outputs = {"out": bytearray(), "err": bytearray()}
     while True:
+        # Asked before reading: what comes between is read in the next round.
+        ended = channel.closed or (channel.exit_status_ready() and channel.eof_received)
         idle = True
         if channel.recv_ready():
             outputs["out"] += channel.recv(65536)
@@ -184,9 +191,7 @@ def _drain(channel: paramiko.Channel, end: float) -> tuple[str, str]:
         if channel.recv_stderr_ready():
             outputs["err"] += channel.recv_stderr(65536)
             idle = False
-        if idle and channel.exit_status_ready() and channel.eof_received:
-            break
-        if idle and channel.closed:
+        if idle and ended:
             break
         if time.monotonic() > end:
             channel.close()

@@ -13,6 +13,8 @@ from qvis.machine.machine import Machine
 REQUESTS = 1100
 ENOUGH = 1000
 SMP = QUEUES = 4
+# Returns when the link is as it shall be, and the console's deadline ends it if never.
+CARRIER = "until grep -q {} /sys/class/net/eth0/carrier; do sleep 0.1; done"
 
 
 def blk_vectors(vm: Machine) -> list[Vector]:
@@ -129,11 +131,9 @@ def test_configuration_change_interrupts_its_own_vector(vm: Machine) -> None:
     before = sum(config.counts.values())
     vm.qmp("set_link", name="nic0", up=False)
     with vm.console() as console:  # SSH comes over that link
-        console.run("for i in 1 2 3 4 5; do grep -q 0 /sys/class/net/eth0/carrier && break; "
-                    "sleep 0.2; done")  # fmt: skip
+        console.run(CARRIER.format(0))
         vm.qmp("set_link", name="nic0", up=True)
-        console.run("for i in 1 2 3 4 5; do grep -q 1 /sys/class/net/eth0/carrier && break; "
-                    "sleep 0.2; done")  # fmt: skip
+        console.run(CARRIER.format(1))
     after = next(v for v in vm.irqs.vectors() if v.irq == config.irq)
     taken = sum(after.counts.values()) - before
     if vm.spec.transport.vector_per_queue:

@@ -102,6 +102,7 @@ def test_many_queues(boot: Callable[..., Machine]) -> None:
     vm = boot(transport="msi", smp=40, queues=40)
     vectors = [v for v in vm.irqs.vectors() if v.driver == "virtio_blk"]
     assert len(vectors) == 41
+    vm.irqs.spread()
     last = next(v for v in vectors if v.queue == 39)
     assert load.run(vm.ssh, 39, 50).completed == 50
     after = next(v for v in vm.irqs.vectors() if v.irq == last.irq)

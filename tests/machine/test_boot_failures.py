@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,19 +99,22 @@ def test_kernel_without_an_init(fails: Callable[..., qvis.QvisError], tmp_path: 
 def test_init_that_hangs(
     fails: Callable[..., qvis.QvisError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tcg, "slowdown", 0.5)
+    short = [
+        dataclasses.replace(stage, deadline=0.5) if stage.name == "init" else stage
+        for stage in stages.CONSOLE_STAGES
+    ]
+    monkeypatch.setattr(stages, "CONSOLE_STAGES", short)
     text = "echo 'qvis-stage: init'; echo stuck here; /bin/busybox sleep 1000"
     problem = fails(failing(initramfs=init(tmp_path / "i", text)))
     assert isinstance(problem, qvis.BootError)
     assert problem.stage == "init"
-    assert "within 5 s" in str(problem)
+    assert "within 3 s" in str(problem)
     assert problem.tail[-1] == "stuck here"
 
 
 def test_guest_without_sshd(
     fails: Callable[..., qvis.QvisError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "SSH_DEADLINE", 0.5)
     monkeypatch.setattr("qvis.machine.machine.SSH_DEADLINE", 0.5)
     text = (
         "for s in init network ssh; do echo qvis-stage: $s; done; echo no sshd; "
@@ -157,6 +161,24 @@ def test_qemu_that_hangs(
     problem = fails(failing(qemu_binary=script(tmp_path / "qemu", "exec sleep 1000")))
     assert isinstance(problem, qvis.InfraError)
     assert problem.stage == "launch"
+
+
+def test_qemu_that_does_not_speak(
+    fails: Callable[..., qvis.QvisError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A monitor that accepts and says nothing does not hold the launch beyond its deadline."""
+    monkeypatch.setattr("qvis.machine.machine.LAUNCH_DEADLINE", 2.0)
+    mute = tmp_path / "mute.py"
+    mute.write_text(
+        "import socket, time\ns = socket.socket(socket.AF_UNIX)\n"
+        "s.bind('qmp0.sock')\ns.listen()\ntime.sleep(1000)\n"
+    )
+    start = time.monotonic()
+    qemu = script(tmp_path / "qemu", f"exec {sys.executable} {mute}")
+    problem = fails(failing(qemu_binary=qemu))
+    assert isinstance(problem, qvis.InfraError)
+    assert problem.stage == "launch"
+    assert time.monotonic() - start < 20
 
 
 def test_image_that_is_no_kernel(
