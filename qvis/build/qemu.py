@@ -173,8 +173,8 @@ def _ninja(tree: Tree, folder: Path, progress: Step, *targets: str) -> None:
     log = cache.log_file("qemu")
     _add_missing(tree)
     configured = folder / "qvis-python"
-    # Also when our own environment has moved, for it is where meson is.
-    if not configured.exists() or configured.read_text() != sys.executable:
+    # Also when the environment that it was configured from is gone, since meson is there.
+    if not configured.exists() or not Path(configured.read_text()).exists():
         shutil.rmtree(folder)
         folder.mkdir()
         run(
