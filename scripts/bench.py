@@ -141,7 +141,8 @@ def change_a_line(series: Path) -> str:
         text = patch.read_text()
         comment = COMMENT.search(text)
         if comment and DRIVER.search(text):
-            line = re.sub(r"[a-z]{3,}", lambda word: word[0][::-1], comment[0], count=1)
+            # A word that no earlier run has used, or its result would still be there.
+            line = re.sub(r"[a-z]{3,}", f"{time.time_ns():x}", comment[0], count=1)
             patch.write_text(text[: comment.start()] + line + text[comment.end() :])
             return patch.name
     raise SystemExit(f"no comment to change in {series}")
