@@ -54,10 +54,10 @@ class MachineSpec:
 
 def parse_memory(text: str) -> int:
     """``512``, ``512M`` or ``2G`` in MiB; :class:`UsageError` for anything else."""
-    match = re.fullmatch(r"(\d+)([MG]?)(?:i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d+)(?:([MG])(?:i?B)?)?", text, re.IGNORECASE)
     if not match:
         raise UsageError(f"bad memory size {text!r}: write it as 512M or 2G")
-    return int(match[1]) * (1024 if match[2].upper() == "G" else 1)
+    return int(match[1]) * (1024 if match[2] in ("G", "g") else 1)
 
 
 def _within(what: str, value: int, least: int, most: int) -> None:

@@ -76,25 +76,27 @@ def available() -> dict[str, Backend]:
 def choose(name: str) -> Choice:
     """The backend called ``name``; ``auto`` takes the first that works.
 
-    Raises :class:`UsageError` for an unknown name and :class:`InfraError` when
-    the one asked for, or all of them, do not work here, with the reasons.
+    Only what is asked for is loaded: somebody else's backend that is broken is
+    in nobody's way. Raises :class:`UsageError` for an unknown name and
+    :class:`InfraError` when the one asked for, or all of them, do not work
+    here, with the reasons.
     """
-    backends = available()
+    points = {point.name: point for point in entry_points(group=GROUP)}
     if name != "auto":
-        if name not in backends:
-            known = ", ".join(["auto", *sorted(backends)])
+        if name not in points:
+            known = ", ".join(["auto", *sorted(points)])
             raise UsageError(f"unknown backend {name!r}: choose one of {known}")
-        probe = backends[name].probe()
+        backend: Backend = points[name].load()()
+        probe = backend.probe()
         if not probe.works:
             raise InfraError(f"backend {name} does not work here: {probe.reason}", stage="backend")
-        return Choice(backends[name], "as asked")
+        return Choice(backend, "as asked")
 
     refused: list[str] = []
     for candidate in PREFERENCE:
-        probe = backends[candidate].probe()
+        backend = points[candidate].load()()
+        probe = backend.probe()
         if probe.works:
-            return Choice(
-                backends[candidate], "; ".join([*refused, f"{candidate}: {probe.reason}"])
-            )
+            return Choice(backend, "; ".join([*refused, f"{candidate}: {probe.reason}"]))
         refused.append(f"not {candidate}: {probe.reason}")
     raise InfraError(f"no backend works here: {'; '.join(refused)}", stage="backend")

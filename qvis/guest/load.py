@@ -46,6 +46,8 @@ def run(
     Raises :class:`UsageError` for a queue that is not there and for a CPU that
     submits through another one.
     """
+    if count < 1:
+        raise UsageError(f"the number of requests must be at least 1, not {count}")
     queues = queue_cpus(shell, disk)
     if queue not in queues:
         raise UsageError(f"{disk} has no queue {queue}; it has {format_cpus(queues)}")

@@ -21,6 +21,7 @@ USAGE = [
     ("up --smp many", "invalid int value: 'many'"),
     ("up --queues 0", "--queues must be between 1 and 256, not 0"),
     ("up --memory 5Q", "bad memory size '5Q'"),
+    ("up --memory 512B", "bad memory size '512B'"),
     ("up --memory 1M", "--memory (MiB) must be between 128 and"),
     ("up --name ../../etc", "bad machine name '../../etc'"),
     ("up --name -x", "expected one argument"),
