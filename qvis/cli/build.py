@@ -12,10 +12,10 @@ from pathlib import Path
 from ..build import LinuxBuild, QemuBuild, build_initramfs, build_linux, build_qemu
 from ._output import print_json
 
-PARTS: dict[str, Callable[[], QemuBuild | LinuxBuild | Path]] = {
-    "qemu": build_qemu,
-    "linux": build_linux,
-    "initramfs": build_initramfs,
+PARTS: dict[str, Callable[[bool], QemuBuild | LinuxBuild | Path]] = {
+    "qemu": lambda patched: build_qemu(patched=patched),
+    "linux": lambda patched: build_linux(patched=patched),
+    "initramfs": lambda _: build_initramfs(),
 }
 
 
@@ -23,13 +23,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("part", nargs="?", choices=PARTS, help="only this one")
     parser.add_argument("--sources", metavar="DIR", type=Path,
                         help="look for source tarballs here first (QVIS_SOURCES)")  # fmt: skip
+    parser.add_argument("--unpatched", action="store_true",
+                        help="as released, without our series, to compare with")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="everything known, in JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.sources:
         os.environ["QVIS_SOURCES"] = str(args.sources)
-    made = {name: PARTS[name]() for name in ([args.part] if args.part else PARTS)}
+    made = {name: PARTS[name](not args.unpatched) for name in ([args.part] if args.part else PARTS)}
     facts = {name: _facts(result) for name, result in made.items()}
     if args.json:
         print_json(facts)

@@ -12,6 +12,9 @@ from qvis.backends.tcg import Tcg
 from qvis.build import build_all, build_linux, build_qemu
 from qvis.guest import load
 
+# They build, where scripts/test has not done so before.
+pytestmark = pytest.mark.timeout(3600)
+
 REQUESTS = 200
 
 

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from qvis.build import qtest
+
+# They build, where scripts/test has not done so before.
+pytestmark = pytest.mark.timeout(3600)
 
 
 def test_virtio_mmio_msi() -> None:
