@@ -34,7 +34,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "qvis" not in package.name:
             (site / package.name).symlink_to(package)
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--no-deps", "--prefix", environment, wheel],
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--ignore-installed",
+         "--prefix", environment, wheel],
         check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     return environment / "bin"
