@@ -94,6 +94,9 @@ def choose(name: str) -> Choice:
 
     refused: list[str] = []
     for candidate in PREFERENCE:
+        if candidate not in points:
+            refused.append(f"not {candidate}: it is not installed")
+            continue
         backend = points[candidate].load()()
         probe = backend.probe()
         if probe.works:
