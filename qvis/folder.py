@@ -33,6 +33,7 @@ MIGRATION_SOCKET = "migration.sock"
 QEMU_LOG = "qemu.log"
 LAUNCH = "launch.json"  # what the keeper is to start
 MACHINE = "machine.json"  # written when the machine is up
+TRACE_CONTROL = "trace.control"  # what the tracer in QEMU shares with `qvis trace`
 EXIT = "exit.json"  # written by the keeper when it ended
 LOCK = "lock"
 USER_QMP = "qmp.sock"  # for the user's own tools: qvis never connects to it

@@ -35,6 +35,7 @@ class Launch:
 
     command: list[str]
     provenance: dict[str, Any]
+    vmlinux: Path  # the guest's kernel with its symbols
 
 
 class Backend(Protocol):

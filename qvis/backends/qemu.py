@@ -46,6 +46,10 @@ class QemuBackend(ABC):
         """What this accelerator adds to the kernel's command line."""
         return ""
 
+    def accelerator_options(self) -> list[str]:
+        """What this accelerator adds to QEMU's command line."""
+        return []
+
     def artifacts(self) -> Artifacts:
         """What the machine is made of, built now if it is not there yet."""
         if self._artifacts is None:
@@ -65,6 +69,7 @@ class QemuBackend(ABC):
             kernel_options=self.kernel_options(),
             sockets=qmp_sockets(folder),
         )
+        command += self.accelerator_options()
         if incoming:
             command += ["-incoming", f"unix:{MIGRATION_SOCKET}"]
         provenance = {
@@ -75,7 +80,7 @@ class QemuBackend(ABC):
             "linux": artifacts.linux.version,
             "linux_series": artifacts.linux.series,
         }
-        return Launch(command, provenance)
+        return Launch(command, provenance, artifacts.linux.vmlinux)
 
 
 def command_line(

@@ -9,6 +9,8 @@ import mmap
 import platform
 import time
 
+from ..build import build_plugin
+from ..folder import TRACE_CONTROL
 from . import Probe
 from .qemu import KERNEL_HZ, QemuBackend
 
@@ -38,6 +40,12 @@ class Tcg(QemuBackend):
         """
         khz = _host_tsc_khz()
         return f"tsc_early_khz={khz} tsc=reliable lpj={khz * 1000 // KERNEL_HZ} no_timer_check"
+
+
+    def accelerator_options(self) -> list[str]:
+        """The tracer, which sleeps until `qvis trace` wakes it: QEMU loads plugins at its start."""
+        plugin = build_plugin(self.artifacts().qemu)
+        return ["-plugin", f"file={plugin},control={TRACE_CONTROL}"]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from ..host import ensure_packages, missing_packages
 from . import series
 from .initramfs import Entry, find_initramfs, make_initramfs, pack
 from .linux import LinuxBuild
+from .plugin import build_plugin
 from .qemu import QemuBuild, run_qtest
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "build_all",
     "build_initramfs",
     "build_linux",
+    "build_plugin",
     "build_qemu",
     "built",
     "pack",

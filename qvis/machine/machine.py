@@ -251,6 +251,7 @@ def _start(
             "spec": spec.to_json(),
             "backend_reason": choice.reason,
             "provenance": launch.provenance,
+            "vmlinux": str(launch.vmlinux),
         }
         return _follow(folder, spec, choice, info, lifeline, boots=source is None)
     except BaseException as problem:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What can be recorded of a machine: one class for each source of events.
+
+A source writes to a trace's ``raw`` folder while it records, all that it takes
+to read it included, so that it can be read again later and elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import polars as pl
+
+from ..errors import LostMachineError, QvisError, UsageError
+from ..machine.machine import Machine
+from . import simpletrace, tcg
+from .model import Clock
+from .symbols import FIRST_VECTOR, Symbols
+
+__all__ = ["READERS", "Source", "TcgSource"]
+
+QEMU_TRACE = "qemu.trace"
+COUNTS = "counts.json"
+DEVICE_VECTORS = range(FIRST_VECTOR, 0xEC)  # what is above is timers and IPIs
+
+
+class Source(Protocol):
+    """Something that records a machine."""
+
+    reader: str  # its name, by which READERS finds how to read it
+    clock: Clock
+
+    def start(self) -> None:
+        """Begin to record."""
+
+    def stop(self) -> list[str]:
+        """End; why what was recorded is not all, in sentences. Works on a dead machine too."""
+
+
+class TcgSource:
+    """The TCG plugin, and QEMU's own trace events for what no vCPU does."""
+
+    reader = "tcg-plugin"
+    clock = Clock.INSTRUCTIONS
+
+    def __init__(self, machine: Machine, raw: Path, symbols: Symbols, moved: int) -> None:
+        functions = [address + moved for address in symbols.functions()]
+        self._machine = machine
+        self._raw = raw
+        self._recorder = tcg.Recorder(machine.folder.path, functions, raw)
+        tcg.write_layout(raw, symbols, functions, moved)
+
+    def start(self) -> None:
+        self._machine.qmp.monitor(f"trace-file set {self._raw / QEMU_TRACE}")
+        self._qemu_events(True)
+        self._recorder.start(self._nudge)
+
+    def stop(self) -> list[str]:
+        partial = [f"this QEMU does not tell plugins of {what}" for what in self._recorder.blind]
+        try:
+            if not self._recorder.stop(self._nudge):
+                partial.append("the tracer had no sign of life from qvis for too long, and stopped")
+            self._qemu_events(False)
+        except LostMachineError as problem:
+            partial.append(f"the machine died: {problem.message}")
+        except QvisError as problem:
+            partial.append(f"the tracer could not be stopped in order: {problem.message}")
+        counts = self._recorder.counts()
+        if counts.error:
+            partial.append(f"the tracer could not write: {os.strerror(counts.error)}")
+        if dropped := sum(counts.dropped):
+            partial.append(f"{dropped} events were dropped, since there was no room for them")
+        (self._raw / COUNTS).write_text(
+            json.dumps({"recorded": counts.recorded, "dropped": counts.dropped})
+        )
+        return partial
+
+    def _qemu_events(self, enable: bool) -> None:
+        qmp = self._machine.qmp
+        for name in simpletrace.EVENTS:
+            qmp("trace-event-set-state", name=name, enable=enable)
+        qmp.monitor("trace-file on" if enable else "trace-file flush")
+        if not enable:
+            qmp.monitor("trace-file off")
+
+    def _nudge(self) -> None:
+        """An SSH packet is an interrupt."""
+        self._machine.ssh.run("true")
+
+
+def _read_tcg(raw: Path, partial: list[str]) -> tuple[Iterator[pl.DataFrame], int]:
+    try:
+        counts = json.loads((raw / COUNTS).read_text())
+        recorded, lost = counts["recorded"], sum(counts["dropped"])
+    except FileNotFoundError:
+        partial.append("the recorder was killed: how much it recorded is known from the files only")
+        recorded, lost = None, 0
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UsageError(f"{raw / COUNTS} is damaged: {problem!r}") from problem
+    streams = [tcg.frames(raw, recorded, partial)]
+    if (raw / QEMU_TRACE).exists():
+        streams.append(simpletrace.frames(raw / QEMU_TRACE, DEVICE_VECTORS, partial))
+    return merge(streams), lost
+
+
+READERS = {TcgSource.reader: _read_tcg}
+"""How each source's raw folder is read: to frames by time, and the number of lost events."""
+
+
+def merge(streams: list[Iterator[pl.DataFrame]]) -> Iterator[pl.DataFrame]:
+    """Streams of frames, each in order of time, as one."""
+    pending: list[pl.DataFrame | None] = [None] * len(streams)
+    live = set(range(len(streams)))
+    while live:
+        for number in list(live):
+            while pending[number] is None or not len(pending[number]):  # type: ignore[arg-type]
+                frame = next(streams[number], None)
+                if frame is None:
+                    live.discard(number)
+                    break
+                pending[number] = frame
+        waiting = [frame for frame in pending if frame is not None and len(frame)]
+        if not waiting:
+            return
+        # Whatever a stream has yet to bring is later than the last that it brought.
+        horizon = min(
+            (frame["time"][-1] for number, frame in enumerate(pending)
+             if number in live and frame is not None),
+            default=None,
+        )  # fmt: skip
+        taken = []
+        for number, frame in enumerate(pending):
+            if frame is None or not len(frame):
+                continue
+            split = len(frame) if horizon is None else frame["time"].search_sorted(horizon, "right")
+            taken.append(frame[:split])
+            pending[number] = frame[split:]
+        yield pl.concat(taken).sort("time", maintain_order=True)
