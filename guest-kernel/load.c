@@ -9,6 +9,9 @@
  * maps to, and with one request in flight the device interrupts once for each:
  * COUNT completions are COUNT interrupts of that queue's vector.
  *
+ * DEVICE may be any other file that is made anew each time that it is read, such
+ * as /sys/block/vda/serial, for which virtio-blk sends a request too.
+ *
  * Prints one JSON object. Exit status: 0 done, 1 an I/O failed, 2 bad usage.
  */
 #define _GNU_SOURCE
@@ -19,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -65,10 +69,11 @@ static void pin(long cpu, const char *text)
 int main(int argc, char **argv)
 {
 	struct timespec start, end;
+	struct stat status;
 	unsigned long long size;
 	long cpu, count, i;
 	void *buffer;
-	int fd;
+	int disk, fd;
 
 	if (argc != 4) {
 		fprintf(stderr, "usage: qvis-load DEVICE CPU COUNT\n");
@@ -78,10 +83,14 @@ int main(int argc, char **argv)
 	count = number(argv[3], "COUNT");
 	pin(cpu, argv[2]);
 
-	fd = open(argv[1], O_RDONLY | O_DIRECT);
+	if (stat(argv[1], &status))
+		die(2, "cannot open", argv[1]);
+	disk = S_ISBLK(status.st_mode);
+	fd = open(argv[1], disk ? O_RDONLY | O_DIRECT : O_RDONLY);
 	if (fd < 0)
 		die(2, "cannot open", argv[1]);
-	if (ioctl(fd, BLKGETSIZE64, &size) || size < BLOCK)
+	size = BLOCK;
+	if (disk && (ioctl(fd, BLKGETSIZE64, &size) || size < BLOCK))
 		die(2, "no room for a block on", argv[1]);
 	if (posix_memalign(&buffer, BLOCK, BLOCK))
 		die(2, "cannot allocate a buffer for", argv[1]);
@@ -90,7 +99,9 @@ int main(int argc, char **argv)
 	for (i = 0; i < count; i++) {
 		off_t at = (off_t)(i % (size / BLOCK)) * BLOCK;
 
-		if (pread(fd, buffer, BLOCK, at) != BLOCK)
+		ssize_t length = pread(fd, buffer, BLOCK, at);
+
+		if (length < 0 || (disk && length != BLOCK))
 			die(1, "cannot read", argv[1]);
 	}
 	clock_gettime(CLOCK_MONOTONIC, &end);

@@ -22,6 +22,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 class MachineSpec:
     """A guest: ``memory`` is in MiB, ``queues`` is per virtio-blk device.
 
+    With ``icount`` its time is the instructions that it executes, so that a run
+    can be repeated to the instruction (QEMU's ``-icount``; TCG only).
+
     Raises :class:`UsageError`, naming the bound, for a value out of range.
     """
 
@@ -30,6 +33,7 @@ class MachineSpec:
     smp: int = 2
     memory: int = 512
     queues: int = 2
+    icount: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -48,7 +52,8 @@ class MachineSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> MachineSpec:
         """The specification that :meth:`to_json` wrote."""
-        known = {field.name: data[field.name] for field in fields(cls)}
+        # One that an older qvis wrote lacks what is newer, which then is as if not asked for.
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         return cls(**{**known, "transport": Transport(known["transport"])})
 
 

@@ -46,10 +46,20 @@ class Transport(StrEnum):
         """Options of ``-M microvm`` that differ from the other transports'."""
         return {"pcie": "on"} if self is Transport.PCI else {}
 
-    def properties(self, queues: int) -> list[str]:
-        """``-global`` settings for devices with up to ``queues`` queues."""
+    def properties(self, queues: int, *, at_once: bool) -> list[str]:
+        """``-global`` settings for devices with up to ``queues`` queues.
+
+        ``at_once`` has a vCPU that notifies a device wait for what it does, rather
+        than hand it to another thread.
+        """
+        settings = []
         if self is Transport.PCI:
-            return ["virtio-net-pci.romfile="]  # nothing boots over the network
+            settings.append("virtio-net-pci.romfile=")  # nothing boots over the network
         if self is Transport.MSI:
-            return [f"virtio-mmio.vectors={max(MSI_VECTORS, queues + 1)}"]
-        return []
+            settings.append(f"virtio-mmio.vectors={max(MSI_VECTORS, queues + 1)}")
+        if at_once:
+            proxies = ["virtio-mmio"]
+            if self is Transport.PCI:
+                proxies = [self.device(kind) for kind in ("blk", "net")]
+            settings += [f"{proxy}.ioeventfd=off" for proxy in proxies]
+        return settings

@@ -13,9 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..errors import UsageError
 from ..paths import cache_dir
+from ..spec import MachineSpec
 from . import Probe
-from .qemu import KERNEL_COMMAND_LINE, QemuBackend
+from .qemu import KERNEL_COMMAND_LINE, Accelerator, QemuBackend
 
 __all__ = ["Kvm"]
 
@@ -33,8 +35,11 @@ class Kvm(QemuBackend):
 
     name = "kvm"
     slowdown = 1.0
-    accelerator = "kvm"
-    cpu = "host"
+
+    def accelerator(self, spec: MachineSpec) -> Accelerator:
+        if spec.icount:
+            raise UsageError("KVM cannot count instructions: --icount needs --backend tcg")
+        return Accelerator("kvm", "host")
 
     def probe(self) -> Probe:
         """Open, create a VM, then boot our own kernel to its init, with a deadline.
@@ -68,7 +73,7 @@ class Kvm(QemuBackend):
             *("setpriv", "--pdeathsig", "KILL", "--"),
             str(artifacts.qemu.binary),
             *("-L", str(artifacts.qemu.firmware)),
-            *("-M", "microvm", "-accel", self.accelerator, "-cpu", self.cpu, "-m", "256M"),
+            *("-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", "256M"),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-serial", "stdio"),
             *("-kernel", str(artifacts.linux.image), "-initrd", str(artifacts.initramfs)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..build import Artifacts, build_all
@@ -26,13 +27,27 @@ KERNEL_HZ = 100  # CONFIG_HZ in guest-kernel/
 DISK_SIZE = 1 << 30  # bytes; null-co, so it costs nothing
 
 
+@dataclass(frozen=True)
+class Accelerator:
+    """What QEMU is told of what runs the vCPUs."""
+
+    accel: str  # for -accel
+    cpu: str  # for -cpu
+    kernel_options: str = ""  # for the guest's command line
+    options: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """What numbers have to say of it."""
+        count = "icount" in "".join(self.options)
+        return f"{self.accel},icount" if count else self.accel
+
+
 class QemuBackend(ABC):
     """A machine in the QEMU that qvis built; subclasses choose the accelerator."""
 
     name: str
     slowdown: float
-    accelerator: str
-    cpu: str
 
     def __init__(self, artifacts: Artifacts | None = None) -> None:
         """``artifacts`` are what machines are made of; without, what qvis builds."""
@@ -42,13 +57,9 @@ class QemuBackend(ABC):
     def probe(self) -> Probe:
         """Try the accelerator for real."""
 
-    def kernel_options(self) -> str:
-        """What this accelerator adds to the kernel's command line."""
-        return ""
-
-    def accelerator_options(self) -> list[str]:
-        """What this accelerator adds to QEMU's command line."""
-        return []
+    @abstractmethod
+    def accelerator(self, spec: MachineSpec) -> Accelerator:
+        """What runs the vCPUs of ``spec``; :class:`UsageError` for what it cannot do."""
 
     def artifacts(self) -> Artifacts:
         """What the machine is made of, built now if it is not there yet."""
@@ -61,20 +72,13 @@ class QemuBackend(ABC):
 
     def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
         artifacts = self.artifacts()
-        command = command_line(
-            spec,
-            artifacts,
-            accelerator=self.accelerator,
-            cpu=self.cpu,
-            kernel_options=self.kernel_options(),
-            sockets=qmp_sockets(folder),
-        )
-        command += self.accelerator_options()
+        accelerator = self.accelerator(spec)
+        command = command_line(spec, artifacts, accelerator, qmp_sockets(folder))
         if incoming:
             command += ["-incoming", f"unix:{MIGRATION_SOCKET}"]
         provenance = {
             "backend": self.name,
-            "accelerator": self.accelerator,
+            "accelerator": accelerator.description,
             "qemu": artifacts.qemu.version,
             "qemu_series": artifacts.qemu.series,
             "linux": artifacts.linux.version,
@@ -84,13 +88,7 @@ class QemuBackend(ABC):
 
 
 def command_line(
-    spec: MachineSpec,
-    artifacts: Artifacts,
-    *,
-    accelerator: str,
-    cpu: str,
-    kernel_options: str,
-    sockets: Mapping[str, Path],
+    spec: MachineSpec, artifacts: Artifacts, accelerator: Accelerator, sockets: Mapping[str, Path]
 ) -> list[str]:
     """QEMU's command line; file names in it are relative to the machine's folder."""
     transport = spec.transport
@@ -101,31 +99,39 @@ def command_line(
         *("-L", str(artifacts.qemu.firmware)),
         *("-name", f"qvis-{spec.name}"),
         *("-M", f"microvm{options}"),
-        *("-accel", accelerator),
-        *("-cpu", cpu),
+        *("-accel", accelerator.accel),
+        *("-cpu", accelerator.cpu),
+        *accelerator.options,
         *("-smp", str(spec.smp)),
         *("-m", f"{spec.memory}M"),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
         *("-kernel", str(artifacts.linux.image)),
         *("-initrd", INITRD),
-        *("-append", f"{KERNEL_COMMAND_LINE} {kernel_options}".strip()),
+        *("-append", f"{KERNEL_COMMAND_LINE} {accelerator.kernel_options}".strip()),
         *("-chardev", f"socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off,"
           f"logfile={CONSOLE_LOG}"),
         *("-serial", "chardev:console"),
         *("-global", "virtio-mmio.force-legacy=false"),
     ]  # fmt: skip
-    for setting in transport.properties(spec.queues):
+    for setting in transport.properties(spec.queues, at_once=spec.icount):
         command += ["-global", setting]
     for name, path in sockets.items():
         command += ["-chardev", f"socket,id={name},path={path.name},server=on,wait=off"]
         command += ["-mon", f"chardev={name},mode=control"]
+    # What another thread completes comes at a moment that no instruction count tells,
+    # and what comes from the host is never the same. Reading an empty disk's serial
+    # number is a request that virtio-blk completes at once (VIRTIO_BLK_T_GET_ID).
+    size = 0 if spec.icount else DISK_SIZE
     command += [
-        *("-blockdev", f"driver=null-co,node-name=disk0,size={DISK_SIZE},read-zeroes=on"),
+        *("-blockdev", f"driver=null-co,node-name=disk0,size={size},read-zeroes=on"),
         *("-device", f"{transport.device('blk')},drive=disk0,num-queues={spec.queues},id=blk0"),
         *("-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22"),
         *("-device", f"{transport.device('net')},netdev=net0,id=nic0"),
-        *("-object", "rng-random,id=rng0,filename=/dev/urandom"),
-        *("-device", f"{transport.device('rng')},rng=rng0,id=random0"),
     ]
+    if not spec.icount:
+        command += [
+            *("-object", "rng-random,id=rng0,filename=/dev/urandom"),
+            *("-device", f"{transport.device('rng')},rng=rng0,id=random0"),
+        ]
     return command

@@ -11,13 +11,20 @@ import time
 
 from ..build import build_plugin
 from ..folder import TRACE_CONTROL
+from ..spec import MachineSpec
 from . import Probe
-from .qemu import KERNEL_HZ, QemuBackend
+from .qemu import KERNEL_HZ, Accelerator, QemuBackend
 
 __all__ = ["Tcg"]
 
 RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")  # rdtsc; shl rdx,32; or rax,rdx; ret
 SAMPLE = 0.02  # seconds; gives the rate to a few parts in ten thousand
+
+# Nothing that a guest sees may come from the host: time counts instructions, and
+# neither the date nor random numbers differ from run to run.
+REPEATABLE = ("-icount", "shift=0,sleep=off", "-rtc", "base=2020-01-01,clock=vm", "-seed", "1")
+REPEATABLE_CPU = "max,rdrand=off,rdseed=off"
+REPEATABLE_KERNEL = "nokaslr norandmaps random.trust_cpu=off"
 
 
 class Tcg(QemuBackend):
@@ -25,27 +32,30 @@ class Tcg(QemuBackend):
 
     name = "tcg"
     slowdown = 6.0
-    accelerator = "tcg,thread=multi"
-    cpu = "max"
 
     def probe(self) -> Probe:
         return Probe(True, "needs nothing of the host; its times say nothing about hardware")
 
-    def kernel_options(self) -> str:
-        """Tell the guest its TSC's rate, which it could only measure badly.
+    def accelerator(self, spec: MachineSpec) -> Accelerator:
+        """With the tracer in it, which sleeps until `qvis trace` wakes it.
 
-        Without -icount TCG's TSC is the host's (cpus_get_elapsed_ticks), and the
-        microvm has no other clock to calibrate it by but a PIT, whose readings
-        are useless as soon as the host is busy.
+        The guest is told its TSC's rate, which it could only measure badly:
+        the microvm has no other clock to calibrate it by but a PIT, whose readings
+        are useless as soon as the host is busy. Without -icount TCG's TSC is the
+        host's (cpus_get_elapsed_ticks), with it nanoseconds of virtual time.
         """
-        khz = _host_tsc_khz()
-        return f"tsc_early_khz={khz} tsc=reliable lpj={khz * 1000 // KERNEL_HZ} no_timer_check"
-
-
-    def accelerator_options(self) -> list[str]:
-        """The tracer, which sleeps until `qvis trace` wakes it: QEMU loads plugins at its start."""
         plugin = build_plugin(self.artifacts().qemu)
-        return ["-plugin", f"file={plugin},control={TRACE_CONTROL}"]
+        tracer = ("-plugin", f"file={plugin},control={TRACE_CONTROL}")
+        if spec.icount:
+            return Accelerator(
+                "tcg,thread=single", REPEATABLE_CPU, f"{_clock(1_000_000)} {REPEATABLE_KERNEL}",
+                (*tracer, *REPEATABLE),
+            )  # fmt: skip
+        return Accelerator("tcg,thread=multi", "max", _clock(_host_tsc_khz()), tracer)
+
+
+def _clock(khz: int) -> str:
+    return f"tsc_early_khz={khz} tsc=reliable lpj={khz * 1000 // KERNEL_HZ} no_timer_check"
 
 
 @functools.cache

@@ -21,6 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--queues", type=int, default=2, metavar="N",
         help="request queues of the virtio-blk device (default: 2)",
     )  # fmt: skip
+    parser.add_argument(
+        "--icount", action="store_true",
+        help="count instructions for time: slower, and the same every time (TCG)",
+    )  # fmt: skip
     parser.add_argument("--name", help="default: the first free one of vm1, vm2...")
     parser.add_argument("--json", action="store_true", help="describe the machine in JSON")
 
@@ -36,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         smp=args.smp,
         memory=parse_memory(args.memory),
         queues=args.queues,
+        icount=args.icount,
     ) as machine:
         machine.detach()
     if args.json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,9 @@ CONSOLE_STAGES = (
     Stage("init", "qvis-stage: network", 10),
     Stage("network", "qvis-stage: ssh", 5),
 )
+# Without SSH: the guest runs a script by itself.
+SCRIPT_STAGES = CONSOLE_STAGES[:-1]
+SCRIPT_ENDED = "qvis-stage: done"
 LAUNCH_DEADLINE = 20.0  # seconds of the host, which no accelerator slows down
 SSH_DEADLINE = 15.0
 
@@ -69,13 +72,13 @@ class Boot:
         self._console = folder / CONSOLE_LOG
         self.times: dict[str, float] = {}
 
-    def follow_console(self) -> None:
-        """Wait for every console stage in turn.
+    def follow_console(self, stages: Sequence[Stage] = CONSOLE_STAGES) -> None:
+        """Wait for every one of the stages in turn.
 
         Raises :class:`BootError` for a panic, for a guest that ended, and for a
         stage over its deadline; :class:`InfraError` when QEMU never started.
         """
-        for stage in CONSOLE_STAGES:
+        for stage in stages:
             wait = functools.partial(self._wait, stage.marker)
             self.stage(stage.name, stage.deadline * self._scale, wait)
 

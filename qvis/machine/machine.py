@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,16 +38,25 @@ from ..progress import note, step
 from ..spec import MachineSpec
 from ..transport import Transport
 from . import keeper
-from .boot import LAUNCH_DEADLINE, SSH_DEADLINE, Boot, time_scale
+from .boot import (
+    LAUNCH_DEADLINE,
+    SCRIPT_ENDED,
+    SCRIPT_STAGES,
+    SSH_DEADLINE,
+    Boot,
+    Stage,
+    time_scale,
+)
 from .console import Console
 from .end import end
 from .qmp import Qmp
 from .ssh import Ssh, host_alias, make_keys
 
-__all__ = ["Machine", "up"]
+__all__ = ["Machine", "Script", "run_script", "up"]
 
 CLEANUP_DEADLINE = 10.0  # seconds
 MIGRATION_DEADLINE = 60.0
+SHUTDOWN_DEADLINE = 5.0
 POLL = 0.02
 FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\S+\s+127\.0\.0\.1\s+(\d+)\s")
 
@@ -159,10 +170,17 @@ class Machine:
 
     def _await_guest(self, limit: float) -> None:
         """Wait until the guest that came here runs."""
-        while self.qmp("query-status")["status"] != "running":
+        if not self._wait_status({"running"}, limit - time.monotonic()):
+            raise InfraError("the guest moved, but does not run", stage="migration")
+
+    def _wait_status(self, wanted: set[str], deadline: float) -> bool:
+        """Wait up to ``deadline`` seconds for one of these run states; whether it came."""
+        limit = time.monotonic() + deadline
+        while self.qmp("query-status")["status"] not in wanted:
             if time.monotonic() > limit:
-                raise InfraError("the guest moved, but does not run", stage="migration")
+                return False
             time.sleep(POLL)
+        return True
 
     def _resume(self) -> None:
         """Let the guest go on here after a migration that failed, at whatever point."""
@@ -199,36 +217,88 @@ def up(
     smp: int = 2,
     memory: int = 512,
     queues: int = 2,
+    icount: bool = False,
 ) -> Machine:
     """Build what is missing, boot a guest and return it when SSH answers.
 
     ``memory`` is in MiB, ``queues`` counts the virtio-blk device's request
-    queues. ``backend`` is a name, "auto", or a backend made by hand, say one
+    queues, with ``icount`` the guest's time is the instructions that it executes.
+    ``backend`` is a name, "auto", or a backend made by hand, say one
     with another QEMU or kernel. The machine ends with the ``with`` block or
     with this process, unless it is detached. Raises :class:`UsageError` for
     what cannot be, :class:`BuildError`, :class:`InfraError`, and
     :class:`BootError` with the stage, the guest's last lines and the folder
     with its logs.
     """
-    # Everything wrong with the request is said before any work is done.
+    return _start(*_request(name, transport, backend, smp, memory, queues, icount))
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a guest does that nobody logs in to: shell text, run by its init."""
+
+    run: str
+    report: str  # afterwards, for what is to be read off the console
+    deadline: float  # seconds for ``run``
+    qemu_options: tuple[str, ...]
+    prepare: Callable[[Path], None]  # given the machine's folder, before it is started
+
+
+def run_script(
+    script: Script,
+    *,
+    name: str | None = None,
+    transport: Transport | str = Transport.MSI,
+    backend: str | Backend = "auto",
+    smp: int = 2,
+    memory: int = 512,
+    queues: int = 2,
+    icount: bool = False,
+) -> Machine:
+    """Boot a guest that runs ``script`` and shuts down, and return it, stopped, with QMP.
+
+    Nothing from outside reaches it meanwhile, so with ``icount`` it does the
+    same each time, to the instruction. Arguments and errors as of :func:`up`.
+    """
+    return _start(*_request(name, transport, backend, smp, memory, queues, icount), script=script)
+
+
+def _request(
+    name: str | None,
+    transport: Transport | str,
+    backend: str | Backend,
+    smp: int,
+    memory: int,
+    queues: int,
+    icount: bool,
+) -> tuple[MachineSpec, str | None, Choice]:
+    """Say everything that is wrong with a request before any work is done."""
     spec = MachineSpec(
         name=name if name is not None else "new",
         transport=Transport.parse(str(transport)),
         smp=smp,
         memory=memory,
         queues=queues,
+        icount=icount,
     )
     if name is not None:
         check_free(name)
+    if icount and backend == "auto":
+        backend = "tcg"  # the only one that counts
     choice = backends.choose(backend) if isinstance(backend, str) else Choice(backend, "as given")
     note(f"backend {choice.backend.name} ({choice.reason})")
-    return _start(spec, name, choice)
+    return spec, name, choice
 
 
 def _start(
-    spec: MachineSpec, name: str | None, choice: Choice, source: Folder | None = None
+    spec: MachineSpec,
+    name: str | None,
+    choice: Choice,
+    *,
+    source: Folder | None = None,
+    script: Script | None = None,
 ) -> Machine:
-    """Start a machine: boot it, or have it wait for the guest of ``source`` to migrate in."""
+    """Start a machine: boot it, have it run a script, or wait for ``source`` to migrate in."""
     backend = choice.backend
     base = backend.base_initramfs()
     folder, lock = claim(name)
@@ -236,9 +306,11 @@ def _start(
     try:
         spec = MachineSpec.from_json({**spec.to_json(), "name": folder.name})
         try:
-            _prepare(folder, base, source)
+            _prepare(folder, base, source, script)
             launch = backend.launch(spec, folder.path, incoming=source is not None)
-            folder.write(LAUNCH, {"command": launch.command})
+            # QEMU stays when the guest has shut down, to be asked what was where.
+            more = ["-no-shutdown", *script.qemu_options] if script else []
+            folder.write(LAUNCH, {"command": [*launch.command, *more]})
         except OSError as problem:
             raise InfraError(
                 f"cannot prepare {folder.path}: {problem}", stage="launch"
@@ -253,7 +325,7 @@ def _start(
             "provenance": launch.provenance,
             "vmlinux": str(launch.vmlinux),
         }
-        return _follow(folder, spec, choice, info, lifeline, boots=source is None)
+        return _follow(folder, spec, choice, info, lifeline, source=source, script=script)
     except BaseException as problem:
         if isinstance(problem, QvisError):
             problem.command = problem.command or (folder.read(LAUNCH) or {}).get("command")
@@ -268,8 +340,18 @@ def _start(
         raise
 
 
-def _prepare(folder: Folder, base: Path, source: Folder | None) -> None:
+def _prepare(folder: Folder, base: Path, source: Folder | None, script: Script | None) -> None:
     """Put keys and the initial ramdisk into a new machine's folder."""
+    if script:
+        own = pack(
+            [
+                Entry.file("etc/qvis-run", script.run.encode()),
+                Entry.file("etc/qvis-report", script.report.encode()),
+            ]
+        )
+        (folder / INITRD).write_bytes(base.read_bytes() + own)
+        script.prepare(folder.path)
+        return
     if source:
         for file in (INITRD, CLIENT_KEY):
             shutil.copy2(source / file, folder / file)
@@ -317,7 +399,8 @@ def _follow(
     info: dict[str, Any],
     lifeline: int,
     *,
-    boots: bool,
+    source: Folder | None,
+    script: Script | None,
 ) -> Machine:
     start = time.monotonic()
     with contextlib.ExitStack() as undo, step(f"boot {spec.name}", folder / CONSOLE_LOG) as shown:
@@ -342,7 +425,16 @@ def _follow(
         machine = Machine(folder, info, lifeline, choice)
         machine._qmp = qmp
         undo.callback(machine.ssh.close)
-        if boots:
+        if script:
+            boot.follow_console(SCRIPT_STAGES)
+            boot.follow_console([Stage("script", SCRIPT_ENDED, script.deadline / scale)])
+
+            def shut_down(left: float) -> None:
+                if not machine._wait_status({"shutdown"}, left):
+                    raise boot.failure("the guest did not shut down after its script")
+
+            boot.stage("shutdown", SHUTDOWN_DEADLINE * scale, shut_down)
+        elif source is None:
             boot.follow_console()
 
             def login(left: float) -> None:

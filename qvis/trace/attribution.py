@@ -182,6 +182,7 @@ class _State:
     live: dict[int, bool] = field(default_factory=dict)  # by device: its driver is at work
     selected: dict[int, int] = field(default_factory=dict)  # by IOAPIC: IOREGSEL
     pin: dict[int, int] = field(default_factory=dict)  # by IOAPIC: whose high word came last
+    answers: dict[int, int] = field(default_factory=dict)  # by IOAPIC: cause of the last write
     table_cause: dict[int, int] = field(default_factory=dict)  # by device: of the last write
     interrupts: int = 0
 
@@ -254,11 +255,12 @@ class _State:
             of[low & (before == word >> 1)] = CODE[Cause.ROUTE]
             # A read back flushes the write before it; a selection is for what comes next.
             done = register[where] == window
-            answers = _last_before(writes, of, CODE[Cause.SETUP])
+            answers = _last_before(writes, of, self.answers.get(number, CODE[Cause.SETUP]))
             of = np.where(done & ~rows.write[where] & (word >= 0), answers, of)
             of[selects] = _first_after(done, of, CODE[Cause.SETUP])[selects]
             cause[where] = of
             self.selected[number], self.pin[number] = int(index[-1]), int(last[-1])
+            self.answers[number] = int(answers[-1])
 
     def _set_up(self, rows: _Rows, device: Ints, register: Ints, cause: Ints) -> None:
         """Until its driver says that it is ready, all that is done to a device is set-up."""

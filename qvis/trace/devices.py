@@ -38,6 +38,16 @@ NAMES = {
     "gpex_mmio_window": "PCIe",
 }
 MEMORY_VIEWS = (' AS "memory", root: system\n', Space.MEMORY), (' AS "I/O", root: io\n', Space.PORT)
+# Ports of a PC that Linux looks at although this machine has nothing there. They
+# are the empty I/O space to QEMU.
+NOTHING = "io"
+LEGACY_PORTS = (
+    Region("port B", "port-b", Space.PORT, 0x61, 0x62),  # gates the PIT for calibration
+    Region("POST", "post", Space.PORT, 0x80, 0x81),  # a write takes time, and that is all
+    Region("DMA", "legacy", Space.PORT, 0x87, 0x88),
+    Region("FPU", "legacy", Space.PORT, 0xF0, 0xF2),
+    Region("PCI", "pci-ports", Space.PORT, 0xCF8, 0xD00),  # is there PCI? (mechanism 1 and 2)
+)
 ECAM = "pcie-mmcfg-mmio"
 CONFIG_SIZE = 4096  # bytes a function, PCI Express 7.2.2
 
@@ -54,6 +64,12 @@ def regions(query: Query) -> list[Region]:
     if ecam:
         found.remove(ecam)
         found += _functions_and_gaps(query, ecam)
+    ports = [region for region in found if region.space is Space.PORT]
+    found += [
+        legacy
+        for legacy in LEGACY_PORTS
+        if not any(region.start < legacy.end and legacy.start < region.end for region in ports)
+    ]
     return sorted(found, key=lambda region: (region.space, region.start))
 
 
@@ -66,6 +82,8 @@ def _mapped(query: Query) -> Iterator[Region]:
         if space is None:
             continue  # what devices see
         for first, last, name, kind, owner in ROW.findall(view):
+            if name == NOTHING:
+                continue
             start, end = int(first, 16), int(last, 16) + 1
             map_name, device = _map(name), NAMES.get(name, name)
             if kind == "id":

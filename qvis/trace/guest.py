@@ -7,23 +7,26 @@ import re
 from collections.abc import Iterable
 
 from ..errors import UsageError
-from ..guest.interrupts import SNAPSHOT as INTERRUPTS
-from ..guest.interrupts import Shell, parse
+from ..guest.interrupts import Shell
 from .model import Space
 from .store import Irq, Region
 from .symbols import TEXT, Symbols
 
-__all__ = ["irqs", "kernel_moved"]
+__all__ = ["INTERRUPTS", "irqs", "kernel_moved"]
 
 KERNEL = f"hexdump -v -e '1/1 \"%02x\"' /sys/kernel/notes; echo; grep -w {TEXT} /proc/kallsyms"
-# Where each virtio device's registers are: a platform device's in /proc/iomem,
-# a PCI function's in its resource file.
-PLACES = (
-    "cd /sys/bus/virtio/devices && for d in *; do p=$(readlink -f $d/..); echo = $d ${p##*/}; "
-    "grep -s '^0x0*[1-9a-f]' $p/resource; done; echo ==; cat /proc/iomem"
+# Which interrupts virtio devices have, and where each device's registers are: a
+# platform device's in /proc/iomem, a PCI function's in its resource file.
+INTERRUPTS = (
+    "grep virtio /proc/interrupts; cd /sys/bus/virtio/devices; "
+    'for d in *; do p=$(readlink -f $d/..); echo "= $d ${p##*/}"; '
+    "grep -s '^0x0*[1-9a-f]' $p/resource; done; grep -v PCI /proc/iomem"
 )
 # An ELF note of owner "GNU", type 3: sizes, type, name, then 20 bytes (elf(5)).
 BUILD_ID = re.compile("040000001400000003000000474e5500([0-9a-f]{40})")
+ROW = re.compile(r"^\s*(\d+):.*?((?:virtio\d+\S*(?:,\s+)?)+)\s*$", re.MULTILINE)
+ACTION = re.compile(r"(virtio\d+)(?:-([^\s,]+))?")
+DEVICE = re.compile(r"^= (virtio\d+) (\S+)\s*$((?:\s^0x.*$)*)", re.MULTILINE)
 
 
 def kernel_moved(shell: Shell, symbols: Symbols) -> int:
@@ -42,26 +45,25 @@ def kernel_moved(shell: Shell, symbols: Symbols) -> int:
     return loaded - symbols.addresses[TEXT] if loaded else 0  # 0: kptr_restrict hides it
 
 
-def irqs(shell: Shell, regions: Iterable[Region]) -> list[Irq]:
-    """The guest's interrupts of virtio devices, under the devices' names in ``regions``."""
-    names = _device_names(shell.run(PLACES).stdout, regions)
-    vectors, _ = parse(shell.run(INTERRUPTS).stdout)
-    return [Irq(v.irq, names.get(v.device, v.device), v.source) for v in vectors]
+def irqs(text: str, regions: Iterable[Region]) -> list[Irq]:
+    """What :data:`INTERRUPTS` printed, with the devices' names in ``regions``."""
+    names = dict(_device_names(text.replace("\r", ""), list(regions)))
+    return [
+        Irq(int(number), names.get(device, device), source)
+        for number, actions in ROW.findall(text.replace("\r", ""))
+        for device, source in ACTION.findall(actions)
+    ]
 
 
-def _device_names(text: str, regions: Iterable[Region]) -> dict[str, str]:
-    """Linux's name of each virtio device ("virtio0") to the machine's."""
-    resources, _, iomem = text.partition("==\n")
-    names = {}
-    for block in resources.split("= ")[1:]:
-        head, *bars = block.splitlines()
-        virtio, parent = head.split()
-        at = re.search(rf"^\s*([0-9a-f]+)-[0-9a-f]+ : {re.escape(parent)}$", iomem, re.MULTILINE)
-        starts = [int(bar.split()[0], 16) for bar in bars] or ([int(at[1], 16)] if at else [])
+def _device_names(text: str, regions: list[Region]) -> Iterable[tuple[str, str]]:
+    """Linux's name of each virtio device ("virtio0"), and the machine's."""
+    for virtio, parent, resource in DEVICE.findall(text):
+        at = re.search(rf"^\s*([0-9a-f]+)-[0-9a-f]+ : {re.escape(parent)}$", text, re.MULTILINE)
+        starts = [int(line.split()[0], 16) for line in resource.split("\n") if line]
+        starts = starts or ([int(at[1], 16)] if at else [])
         for region in regions:
             if region.space is Space.MEMORY and any(
                 region.start <= start < region.end for start in starts
             ):
-                names[virtio] = region.device
+                yield virtio, region.device
                 break
-    return names

@@ -12,22 +12,27 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from ..build import build_all
 from ..build.cache import space_checked
 from ..errors import GuestError, LostMachineError, UsageError
-from ..machine.machine import Machine
+from ..folder import CONSOLE_LOG
+from ..machine.machine import Machine, Script, run_script
 from ..machine.ssh import Completed
 from ..progress import step
 from .attribution import attribute
 from .devices import regions
-from .guest import irqs, kernel_moved
-from .sources import READERS, Source, TcgSource
+from .guest import INTERRUPTS, irqs, kernel_moved
+from .model import Clock
+from .sources import READERS, Source, TcgSource, prepare, qemu_options, read_counts, save_counts
 from .store import EVENTS, RAW, Manifest, Provenance, Trace
 from .symbols import Symbols
 
-__all__ = ["COMMAND_DEADLINE", "attribute_trace", "record"]
+__all__ = ["COMMAND_DEADLINE", "attribute_trace", "record", "record_boot"]
 
 COMMAND_DEADLINE = 600.0  # seconds
+STATUS = "qvis-status: "  # what the guest's init prints before a command's exit status
 NOT_ENDED = "the recording did not end in order"
 HOST_SALT = b"qvis"  # machine-id(5) asks not to show it as it is
 
@@ -90,7 +95,8 @@ def record(
     )
     # Once more: a device that was bound anew has other interrupts now.
     with contextlib.suppress(GuestError, LostMachineError):
-        known = {irq.irq: irq for irq in (*manifest.irqs, *irqs(machine.ssh, manifest.regions))}
+        now = irqs(machine.ssh.run(INTERRUPTS).stdout, manifest.regions)
+        known = {irq.irq: irq for irq in (*manifest.irqs, *now)}
         manifest = dataclasses.replace(manifest, irqs=tuple(known.values()))
     trace = Trace(output, manifest)
     trace.write_manifest()
@@ -98,6 +104,57 @@ def record(
     if failure:
         raise failure
     return trace, completed
+
+
+def record_boot(
+    output: Path, command: str, *, deadline: float = COMMAND_DEADLINE, **machine: Any
+) -> tuple[Trace, int]:
+    """Record a machine of its own from its first instruction until it shuts down.
+
+    Its init runs the shell text ``command``, and nothing reaches it from outside,
+    so with ``icount`` each such recording has the same events. ``machine`` are
+    the arguments of :func:`qvis.up`. Returns the trace and the command's exit
+    status. Raises what :func:`qvis.up` does; the trace, if there is one by then,
+    stays and is marked partial.
+    """
+    symbols = Symbols.read(build_all().linux.vmlinux)
+    raw = _make(output)
+    script = Script(
+        run=command + "\n",
+        report=INTERRUPTS + "\n",
+        deadline=deadline,
+        qemu_options=qemu_options(raw),
+        prepare=lambda folder: prepare(folder, raw, symbols),
+    )
+    started = time.time()
+    try:
+        with run_script(script, **machine) as guest:
+            mapped = regions(guest.qmp)
+            counts = read_counts(guest.folder.path)
+            console = (guest.folder / CONSOLE_LOG).read_text(errors="replace")
+            source = TcgSource.reader, TcgSource.clock
+            from_machine = _provenance(guest, *source)
+            name, seconds = guest.name, sum(guest.info["boot"]["stages"].values())
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    partial = save_counts(raw, counts)
+    said = console.rpartition(STATUS)[2]
+    status = int(said.split()[0])
+    manifest = Manifest(
+        provenance=from_machine,
+        machine=name,
+        command=None,
+        status=status,
+        started=started,
+        seconds=seconds,
+        partial=tuple(partial),
+        regions=tuple(mapped),
+        irqs=tuple(irqs(said, mapped)),
+    )
+    trace = Trace(output, manifest)
+    trace.write_manifest()
+    return attribute_trace(trace), status
 
 
 def attribute_trace(trace: Trace) -> Trace:
@@ -158,7 +215,7 @@ def _make(output: Path) -> Path:
 def _manifest(machine: Machine, source: Source, work: str | Callable[[], None]) -> Manifest:
     mapped = regions(machine.qmp)
     return Manifest(
-        provenance=_provenance(machine, source),
+        provenance=_provenance(machine, source.reader, source.clock),
         machine=machine.name,
         command=work if isinstance(work, str) else "",
         status=None,
@@ -166,16 +223,16 @@ def _manifest(machine: Machine, source: Source, work: str | Callable[[], None]) 
         seconds=0.0,
         partial=(NOT_ENDED,),
         regions=tuple(mapped),
-        irqs=tuple(irqs(machine.ssh, mapped)),
+        irqs=tuple(irqs(machine.ssh.run(INTERRUPTS).stdout, mapped)),
     )
 
 
-def _provenance(machine: Machine, source: Source) -> Provenance:
+def _provenance(machine: Machine, reader: str, clock: Clock) -> Provenance:
     facts, spec = machine.info["provenance"], machine.spec
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return Provenance(
-        reader=source.reader,
-        clock=source.clock,
+        reader=reader,
+        clock=clock,
         backend=facts["backend"],
         accelerator=facts["accelerator"],
         qemu=facts["qemu"],

@@ -183,6 +183,10 @@ REST = {
     "acpi-ged": Cause.CONFIGURATION,
     "acpi-ged-regs": Cause.CONFIGURATION,
     "kvmvapic": Cause.SETUP,
+    "port-b": Cause.TIMER,
+    "post": Cause.SETUP,
+    "legacy": Cause.SETUP,
+    "pci-ports": Cause.CONFIGURATION,
     "pcie-mmcfg-mmio": Cause.CONFIGURATION,
     "gpex_mmio_window": Cause.CONFIGURATION,
 }

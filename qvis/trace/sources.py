@@ -15,6 +15,7 @@ from typing import Protocol
 
 import polars as pl
 
+from ..build.cache import space_checked
 from ..errors import LostMachineError, QvisError, UsageError
 from ..machine.machine import Machine
 from . import simpletrace, tcg
@@ -69,15 +70,7 @@ class TcgSource:
             partial.append(f"the machine died: {problem.message}")
         except QvisError as problem:
             partial.append(f"the tracer could not be stopped in order: {problem.message}")
-        counts = self._recorder.counts()
-        if counts.error:
-            partial.append(f"the tracer could not write: {os.strerror(counts.error)}")
-        if dropped := sum(counts.dropped):
-            partial.append(f"{dropped} events were dropped, since there was no room for them")
-        (self._raw / COUNTS).write_text(
-            json.dumps({"recorded": counts.recorded, "dropped": counts.dropped})
-        )
-        return partial
+        return partial + save_counts(self._raw, self._recorder.counts())
 
     def _qemu_events(self, enable: bool) -> None:
         qmp = self._machine.qmp
@@ -90,6 +83,37 @@ class TcgSource:
     def _nudge(self) -> None:
         """An SSH packet is an interrupt."""
         self._machine.ssh.run("true")
+
+
+def prepare(folder: Path, raw: Path, symbols: Symbols) -> None:
+    """Have the tracer of a machine that is not started yet record from the beginning."""
+    tcg.write_layout(raw, symbols, list(symbols.functions()), 0)
+    tcg.write_request(folder, raw, list(symbols.functions()))
+
+
+def qemu_options(raw: Path) -> tuple[str, ...]:
+    """The same for QEMU's own trace events."""
+    enabled = [option for name in simpletrace.EVENTS for option in ("-trace", f"enable={name}")]
+    return (*enabled, "-trace", f"file={raw / QEMU_TRACE}")
+
+
+def read_counts(folder: Path) -> tcg.Counts:
+    """What the tracer of a machine has counted so far."""
+    return tcg.read_counts(folder)
+
+
+def save_counts(raw: Path, counts: tcg.Counts) -> list[str]:
+    """Keep the tracer's counts with what it recorded; what they say of its being partial."""
+    partial = []
+    if counts.error:
+        partial.append(f"the tracer could not write: {os.strerror(counts.error)}")
+    if dropped := sum(counts.dropped):
+        partial.append(f"{dropped} events were dropped, since there was no room for them")
+    with space_checked():
+        (raw / COUNTS).write_text(
+            json.dumps({"recorded": counts.recorded, "dropped": counts.dropped})
+        )
+    return partial
 
 
 def _read_tcg(raw: Path, partial: list[str]) -> tuple[Iterator[pl.DataFrame], int]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from ..folder import TRACE_CONTROL
 from .model import SCHEMA, Kind, Space
 from .symbols import FIRST_VECTOR, Symbols
 
-__all__ = ["Counts", "Recorder", "frames", "write_layout"]
+__all__ = ["Counts", "Recorder", "frames", "read_counts", "write_layout", "write_request"]
 
 LAYOUT = "layout.json"  # in a trace's raw folder: what the records do not say themselves
 MAGIC = 0x4352545349565100
@@ -83,8 +84,43 @@ class Counts:
     error: int  # errno of the first file that could not be made or grown; 0: none
 
 
+def _map(machine: Path, *, new: bool = False) -> np.memmap[Any, Any]:
+    path = machine / TRACE_CONTROL
+    if new:
+        path.write_bytes(bytes(CONTROL_TYPE.itemsize))
+    return np.memmap(path, dtype=CONTROL_TYPE, mode="r+", shape=(1,))
+
+
+def _fill(control: Any, raw: Path, functions: Sequence[int]) -> None:
+    if len(str(raw).encode()) >= MAX_PATH:
+        raise UsageError(f"the path of {raw} is too long for the tracer")
+    control["folder"] = str(raw).encode()
+    control["nr_functions"] = min(len(functions), MAX_FUNCTIONS)
+    control["functions"][: len(functions)] = functions[:MAX_FUNCTIONS]
+
+
+def write_request(machine: Path, raw: Path, functions: Sequence[int]) -> None:
+    """Have the plugin of a machine that is not started yet record from the beginning."""
+    control = _map(machine, new=True)[0]
+    _fill(control, raw, functions)
+    control["want"] = RECORDING
+
+
+def read_counts(machine: Path) -> Counts:
+    """How much the plugin has recorded; also that of a machine that has died."""
+    control = _map(machine)[0]
+    vcpus = control["vcpus"]
+    used = np.flatnonzero(vcpus["recorded"] + vcpus["dropped"])
+    count = int(used[-1]) + 1 if len(used) else 0
+    return Counts(
+        vcpus["recorded"][:count].tolist(),
+        vcpus["dropped"][:count].tolist(),
+        int(control["error"]),
+    )
+
+
 class Recorder:
-    """The plugin of one machine, by way of the file that it shares with us."""
+    """The plugin of one running machine, by way of the file that it shares with us."""
 
     def __init__(self, machine: Path, functions: Sequence[int], raw: Path) -> None:
         """Record into the folder ``raw``; ``functions`` are addresses to be told of.
@@ -92,25 +128,21 @@ class Recorder:
         Raises :class:`InfraError` when the machine was started without the
         plugin, or has one of another version.
         """
-        self._raw = raw
-        path = machine / TRACE_CONTROL
+        self._machine = machine
         try:
-            mapping = np.memmap(path, dtype=CONTROL_TYPE, mode="r+", shape=(1,))
+            self._control = _map(machine)[0]
         except (OSError, ValueError) as problem:
             raise InfraError(
                 "this machine was started without the tracer: end it and start it again",
                 stage="trace",
             ) from problem
-        self._control = mapping[0]
         if self._control["magic"] != MAGIC or self._control["version"] != VERSION:
             raise InfraError(
                 "this machine was started with a tracer of another version: end it and start it "
                 "again",
                 stage="trace",
             )
-        if len(str(raw).encode()) >= MAX_PATH:
-            raise UsageError(f"the path of {raw} is too long for the tracer")
-        self._functions = functions[:MAX_FUNCTIONS]
+        _fill(self._control, raw, functions)
         self._stopped = threading.Event()
         self._renewer = threading.Thread(target=self._keep_renewing, daemon=True)
 
@@ -125,11 +157,8 @@ class Recorder:
 
     def start(self, nudge: Callable[[], None]) -> None:
         """Begin; ``nudge`` makes the guest do something. :class:`InfraError` without an answer."""
-        self._control["folder"] = str(self._raw).encode()
         self._renew()
         self._renewer.start()
-        self._control["nr_functions"] = len(self._functions)
-        self._control["functions"][: len(self._functions)] = self._functions
         self._ask(RECORDING, nudge)
 
     def stop(self, nudge: Callable[[], None]) -> bool:
@@ -145,15 +174,8 @@ class Recorder:
         return bool(went_on)
 
     def counts(self) -> Counts:
-        """How much was recorded so far; also of a machine that has died."""
-        vcpus = self._control["vcpus"]
-        count = max((index + 1 for index in np.flatnonzero(vcpus["recorded"] + vcpus["dropped"])),
-                    default=0)  # fmt: skip
-        return Counts(
-            vcpus["recorded"][:count].tolist(),
-            vcpus["dropped"][:count].tolist(),
-            int(self._control["error"]),
-        )
+        """How much was recorded so far."""
+        return read_counts(self._machine)
 
     def _renew(self) -> None:
         self._control["lease"] = time.monotonic_ns() + int(LEASE * 1e9)
