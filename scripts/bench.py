@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -24,11 +23,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import qvis
-from qvis.machine.machine import Machine
+from qvis.experiments.boot import host, sample
 from qvis.paths import patches_dir
 
 SHAPE = ("--smp", "4", "--queues", "4")
@@ -57,18 +57,6 @@ def main() -> None:
     print(json.dumps(results, indent=2))
 
 
-def host() -> dict[str, Any]:
-    """Where the numbers come from."""
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpus": os.cpu_count(),
-        "model": model[1] if model else platform.machine(),
-        "kernel": platform.release(),
-        "load_before": os.getloadavg()[0],
-        "clock": "host seconds (CLOCK_MONOTONIC)",
-    }
-
-
 def transports(runs: int, backend: str) -> dict[str, Any]:
     """Boot time and memory, one boot of each transport a round."""
     raw: dict[str, list[dict[str, float]]] = {transport: [] for transport in qvis.Transport}
@@ -76,7 +64,7 @@ def transports(runs: int, backend: str) -> dict[str, Any]:
     for _ in range(runs):
         for transport in qvis.Transport:
             with qvis.up(backend=backend, transport=transport, smp=4, queues=4) as vm:
-                raw[transport].append(sample(vm))
+                raw[transport].append(asdict(sample(vm)))
                 provenance = vm.info["provenance"]
     return {
         "provenance": provenance,
@@ -85,25 +73,6 @@ def transports(runs: int, backend: str) -> dict[str, Any]:
             transport: {key: statistics.median(s[key] for s in samples) for key in samples[0]}
             for transport, samples in raw.items()
         },
-    }
-
-
-def sample(vm: Machine) -> dict[str, float]:
-    """One machine's boot stages and memory."""
-    stages = vm.info["boot"]["stages"]
-    memory = dict(line.split(":") for line in vm.ssh.run("cat /proc/meminfo").stdout.splitlines())
-    kib = {key: int(value.split()[0]) for key, value in memory.items()}
-    keeper = vm.folder.keeper
-    (qemu,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    rollup = Path(f"/proc/{qemu}/smaps_rollup").read_text()
-    pss = re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)
-    return {
-        "boot_s": vm.info["boot"]["total"],
-        "kernel_s": stages["kernel"],
-        "guest_uptime_at_ssh_s": float(vm.ssh.run("cat /proc/uptime").stdout.split()[0]),
-        "guest_used_kib": kib["MemTotal"] - kib["MemAvailable"],
-        "guest_slab_kib": kib["Slab"],
-        "qemu_pss_kib": int(pss[1]) if pss else 0,
     }
 
 

@@ -14,6 +14,7 @@ from ..paths import guest_kernel_dir
 from ..process import run
 from ..progress import Step
 from . import cache
+from .objects import RECORD, linux_objects
 from .recipe import Recipe, build, cpus, find, manifest
 from .series import Patch
 from .tree import Tree
@@ -76,7 +77,7 @@ def _recipe() -> Recipe:
     return Recipe(
         component="linux",
         configuration="",
-        inputs=(*SETTINGS, *(fragment.read_text() for fragment in _fragments())),
+        inputs=(RECORD, *SETTINGS, *(fragment.read_text() for fragment in _fragments())),
         compile=_compile,
     )
 
@@ -123,6 +124,7 @@ def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
     shutil.copy(folder / "arch" / "x86" / "boot" / "bzImage", result)
     shutil.copy(folder / "vmlinux", result)
     shutil.copy(config, result / "config")
+    linux_objects(folder, tree.src).save(result)
 
 
 def _refused(config: str, fragments: Sequence[Path]) -> list[str]:

@@ -163,8 +163,8 @@ class Objects:
             if data["shape"] != SHAPE:
                 raise BuildError(f"{path} is of another qvis: {again}", stage="objects")
             files = {
-                name: SourceFile(Lines(*counts[:2]), Lines(*counts[2:]))
-                for name, *counts in data["files"]
+                name: SourceFile(Lines(lines, code), Lines(all_before, code_before))
+                for name, lines, code, all_before, code_before in data["files"]
             }
             names = list(files)
             return cls(tuple(_object(one, names) for one in data["objects"]), files)
@@ -221,9 +221,7 @@ def qemu_objects(build: Path, source: Path, program: str) -> Objects:
         rf"^build {re.escape(program)}:.*\n(?: .*\n)*? LINK_ARGS = (.*)$", ninja, re.MULTILINE
     )
     arguments = linking[1].split() if linking else []
-    libraries = [
-        edges[word][1] for word in arguments if word in edges and word.endswith(".a")
-    ]  # fmt: skip
+    libraries = [edges[word][1] for word in arguments if word in edges and word.endswith(".a")]
     forced = [
         symbol
         for word in arguments
@@ -410,7 +408,7 @@ def _gather(
             )
         )
     files = {}
-    changed = set(git(source, "diff", "--name-only", BASE, stage="objects").splitlines())
+    changed = set(git(source, "diff", "--name-only", BASE, "HEAD", stage="objects").splitlines())
     for file in sorted({name for one in objects for name in (*one.sources, *one.headers)}):
         ours = file.removeprefix(GENERATED)
         place = build / ours if file != ours else source / ours
@@ -494,9 +492,8 @@ def _assignments(makefile: str) -> Iterator[tuple[str, list[str], set[str]]]:
 
 def _members(build: Path, archive: str) -> list[str]:
     """The objects in a thin archive, as paths from the build folder."""
-    return [
-        line.removeprefix("./") for line in _output(["ar", "t", archive], build).splitlines()
-    ]  # fmt: skip
+    listed = _output(["ar", "t", archive], build).splitlines()
+    return [line.removeprefix("./") for line in listed]
 
 
 def _output(command: Sequence[str], folder: Path) -> str:
@@ -510,7 +507,7 @@ def _output(command: Sequence[str], folder: Path) -> str:
         raise BuildError(
             f"{command[0]} cannot say what was linked",
             stage="objects",
-            command=command[:3],
+            command=command[:3],  # what follows are a thousand objects
             tail=done.stderr.splitlines(),
         )
     return done.stdout
@@ -520,9 +517,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
     except OSError as problem:
-        raise BuildError(
-            f"the build left no {path.name}: {problem}", stage="objects"
-        ) from problem  # fmt: skip
+        raise BuildError(f"the build left no {path.name}: {problem}", stage="objects") from problem
 
 
 def _object(data: dict[str, Any], names: Sequence[str]) -> ObjectFile:

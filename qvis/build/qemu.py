@@ -14,6 +14,7 @@ from ..errors import InfraError
 from ..process import run
 from ..progress import Step, step
 from . import cache
+from .objects import RECORD, qemu_objects
 from .recipe import Recipe, build, cpus, find, manifest, prepare
 from .series import Patch
 from .tree import Tree
@@ -149,7 +150,7 @@ def _recipe() -> Recipe:
     return Recipe(
         component="qemu",
         configuration="\n".join(OPTIONS),
-        inputs=(DEVICES.read_text(), *FIRMWARE),
+        inputs=(RECORD, DEVICES.read_text(), *FIRMWARE),
         compile=_compile,
     )
 
@@ -169,6 +170,7 @@ def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
     (result / "firmware").mkdir()
     for name in FIRMWARE:
         shutil.copy(_firmware(tree, name), result / "firmware")
+    qemu_objects(folder, tree.src, BINARY).save(result)
 
 
 def _ninja(tree: Tree, folder: Path, progress: Step, *targets: str) -> None:

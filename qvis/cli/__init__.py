@@ -32,8 +32,11 @@ VERBS = {
     "qmp": "send a QMP command, or follow QMP events",
     "irq": "show and move a guest's interrupts",
     "load": "make a chosen virtio-blk queue interrupt",
+    "trace": "record what a guest does to devices, and look at what was recorded",
+    "compare": "measure what operations cost on each transport",
     "build": "build QEMU, Linux and the initramfs",
     "patches": "apply, check, refresh or list the patch series",
+    "footprint": "count what PCI and MMIO cost: code, memory, time, attack surface",
     "doctor": "check everything that a run needs",
 }
 
@@ -110,6 +113,12 @@ def _dispatch(words: list[str]) -> int:
     module: Verb = importlib.import_module(f"{__name__}.{verb}")
     own = _Parser(prog=f"qvis {verb}", description=VERBS[verb])
     module.configure(own)
+    # A verb that has an ``after_dashes`` takes options on both sides of its own words,
+    # which argparse can tell from a command's only without the command.
+    if own.get_default("after_dashes") is not None and "--" in rest:
+        at = rest.index("--")
+        own.set_defaults(after_dashes=rest[at + 1 :])
+        rest = rest[:at]
     status = module.run(own.parse_args(rest))
     sys.stdout.flush()  # here, where a full disk or a reader that left is still ours to report
     return status

@@ -6,42 +6,19 @@ from __future__ import annotations
 import argparse
 
 from ._output import print_json
+from ._spec import add_spec, spec_arguments
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="auto", help="auto, kvm or tcg (default: %(default)s)")
-    parser.add_argument(
-        "--transport", default="msi", help="pci, intx or msi (default: %(default)s)"
-    )
-    parser.add_argument("--smp", type=int, default=2, metavar="N", help="vCPUs (default: 2)")
-    parser.add_argument(
-        "--memory", default="512M", metavar="M", help="such as 512M or 2G (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--queues", type=int, default=2, metavar="N",
-        help="request queues of the virtio-blk device (default: 2)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--icount", action="store_true",
-        help="count instructions for time: slower, and the same every time (TCG)",
-    )  # fmt: skip
+    add_spec(parser)
     parser.add_argument("--name", help="default: the first free one of vm1, vm2...")
     parser.add_argument("--json", action="store_true", help="describe the machine in JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..machine.machine import up
-    from ..spec import parse_memory
 
-    with up(
-        name=args.name,
-        transport=args.transport,
-        backend=args.backend,
-        smp=args.smp,
-        memory=parse_memory(args.memory),
-        queues=args.queues,
-        icount=args.icount,
-    ) as machine:
+    with up(name=args.name, **spec_arguments(args)) as machine:
         machine.detach()
     if args.json:
         print_json(machine.info)

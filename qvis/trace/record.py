@@ -16,7 +16,7 @@ from typing import Any
 
 from ..build import build_all
 from ..build.cache import space_checked
-from ..errors import GuestError, LostMachineError, UsageError
+from ..errors import GuestError, LostMachineError, QvisError, UsageError
 from ..folder import CONSOLE_LOG
 from ..machine.machine import Machine, Script, run_script
 from ..machine.ssh import Completed
@@ -102,6 +102,8 @@ def record(
     trace.write_manifest()
     trace = attribute_trace(trace)
     if failure:
+        if isinstance(failure, QvisError):
+            failure.log = output
         raise failure
     return trace, completed
 
