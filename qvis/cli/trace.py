@@ -83,27 +83,26 @@ def run(args: argparse.Namespace) -> int:
 def _record(args: argparse.Namespace) -> int:
     from ..machine.machine import Machine
     from ..progress import note
-    from ..trace.record import record
+    from ..trace.record import record, recording
 
     name = args.words[0]
     output = args.output or _free(name)
     with Machine.attach(name) as machine:
         if args.after_dashes:
             command = shlex.join(args.after_dashes)
-        else:
+            trace, completed = record(
+                machine, output, command, vmlinux=args.vmlinux, deadline=args.deadline
+            )
+            sys.stdout.write(completed.stdout)
+            sys.stderr.write(completed.stderr)
+            _tell(trace)
+            return completed.status
+        with recording(machine, output, vmlinux=args.vmlinux) as session:
             note(f"recording {name} until Ctrl-C")
-        trace, completed = record(
-            machine,
-            output,
-            command if args.after_dashes else _until_interrupted,
-            vmlinux=args.vmlinux,
-            deadline=args.deadline,
-        )
-    if completed:
-        sys.stdout.write(completed.stdout)
-        sys.stderr.write(completed.stderr)
-    _tell(trace)
-    return completed.status if completed else 0
+            _wait_for_interrupt()
+        assert session.trace is not None  # or an error was raised
+        _tell(session.trace)
+    return 0
 
 
 def _boot(args: argparse.Namespace) -> int:
@@ -249,7 +248,7 @@ def _warn(trace: Trace) -> None:
         print(f"qvis: partial: {reason}", file=sys.stderr)
 
 
-def _until_interrupted() -> None:
+def _wait_for_interrupt() -> None:
     try:
         while True:
             time.sleep(3600)

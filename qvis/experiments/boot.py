@@ -36,11 +36,9 @@ def sample(machine: Machine) -> BootSample:
     stages = machine.info["boot"]["stages"]
     meminfo = machine.ssh.run("cat /proc/meminfo").stdout
     kib = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, re.M)}
-    keeper = machine.folder.keeper
     try:
-        (qemu,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-        rollup = Path(f"/proc/{qemu}/smaps_rollup").read_text()
-    except (OSError, ValueError) as problem:
+        rollup = Path(f"/proc/{machine.process}/smaps_rollup").read_text()
+    except OSError as problem:
         raise LostMachineError(f"machine {machine.name!r} has no QEMU: {problem}") from problem
     pss = re.search(r"^Pss:\s+(\d+) kB$", rollup, re.MULTILINE)
     return BootSample(

@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-from ..errors import UsageError
+from ..errors import GuestError, InfraError, UsageError
 from ..guest.load import queue_cpus
 from ..guest.load import run as load
 from ..machine.machine import Machine, up
@@ -160,11 +160,18 @@ def _run(
         trace, completed = record(
             machine, folder / place, operation.command(target, operation.count)
         )
-        if completed is None or completed.status:
-            said = completed.stderr.strip() if completed else ""
-            raise UsageError(f"the operation {operation.name!r} failed in the guest: {said}")
-        if trace.manifest.partial:
-            raise UsageError(f"{trace.path} is partial: {'; '.join(trace.manifest.partial)}")
+        if completed.status:
+            raise GuestError(
+                f"the operation {operation.name!r} failed: {completed.stderr.strip()}",
+                stage="compare",
+                log=trace.path,
+            )
+        if trace.manifest.partial:  # then a number would be wrong, and not look it
+            raise InfraError(
+                f"a trace is partial: {'; '.join(trace.manifest.partial)}",
+                stage="compare",
+                log=trace.path,
+            )
         state.provenance[transport] = trace.manifest.provenance
         state.add(transport, operation.measure(trace, target, operation.count))
         if number == 0:

@@ -109,6 +109,18 @@ class Machine:
         """The guest's interrupts and their affinity."""
         return Interrupts(self.ssh)
 
+    @property
+    def process(self) -> int:
+        """The process that runs the machine; :class:`LostMachineError` when there is none."""
+        keeper = self.folder.keeper
+        try:
+            children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        except OSError as problem:
+            raise LostMachineError(f"machine {self.name!r} is gone") from problem
+        if len(children) != 1:
+            raise LostMachineError(f"machine {self.name!r} has no process")
+        return int(children[0])
+
     def console(self) -> Console:
         """A session on the guest's serial console, which needs no device interrupt."""
         return Console(self.folder)

@@ -77,8 +77,10 @@ def _label(metric: Metric, whole: bool = False) -> str:
     return name if metric.unit in name.split() else f"{name}, {metric.unit}"
 
 
-def _amount(value: float, unit: str) -> str:
-    return f"{number(value)} {COUNTED.get(unit, unit) if value == 1 else unit}"
+def _amount(value: float, noun: str) -> str:
+    *rest, unit = noun.split()
+    one = COUNTED.get(unit, unit) if value == 1 else unit
+    return " ".join([number(value), *rest, one])
 
 
 def _headline(result: Result) -> str:
@@ -88,11 +90,14 @@ def _headline(result: Result) -> str:
             t: median(series) for t in result.transports if (series := _runs(result, metric, t))
         }
         if values:
-            said = [f"{_amount(value, metric.unit)} over {t}" for t, value in values.items()]
-            words = f"{', '.join(said[:-1])} and {said[-1]}" if said[1:] else said[0]
             name = metric.name.removesuffix(f" per {metric.per}")
-            what = "" if name == metric.unit else f", {name}"
-            return f"Per {metric.per}{what}: {words}"
+            counted = metric.unit in name.split()
+            noun = name if counted else metric.unit
+            first, *others = values.items()
+            said = [f"{_amount(first[1], noun)} over {first[0]}"]
+            said += [f"{number(value)} over {transport}" for transport, value in others]
+            words = f"{', '.join(said[:-1])} and {said[-1]}" if others else said[0]
+            return f"Per {metric.per}{'' if counted else f', {name}'}: {words}"
     return f"Nothing was measured over {', '.join(result.transports) or 'any transport'}"
 
 

@@ -161,7 +161,8 @@ def _lane(trace: Trace) -> tuple[pl.Expr, pl.Expr]:
     """The lane that an event belongs to: its sort, and its name or null."""
     is_raise = pl.col("kind") == Kind.RAISE
     source = pl.col("source").cast(pl.String).fill_null("").replace("", "line")
-    queue = pl.concat_str(pl.col("device").cast(pl.String).fill_null("?"), source, separator=" ")
+    device = pl.col("device").cast(pl.String)
+    queue = pl.concat_str(device, source, separator=" ").fill_null("others")
     cpu = pl.when(pl.col("vcpu").is_not_null()).then(pl.format("vCPU {}", "vcpu"))
     sort = pl.when(is_raise).then(pl.lit("queue")).otherwise(pl.lit("cpu"))
     return sort, pl.when(is_raise).then(queue).otherwise(cpu)

@@ -100,11 +100,11 @@ def _facts(stats: Stats, trace: Trace) -> Html:
     facts: list[tuple[str, str, str]] = []
     if stats.costs:
         top = stats.costs[0]
-        device = top.device or "an unknown device"
+        device = top.device or "unknown devices"
         facts.append((number(top.interrupts), "", f"interrupts of {device}"))
         own = sum(mean for cause, mean in top.touches.items() if cause is not Cause.EOI)
         noun = plural(touch(stats, trace), 2)
-        facts.append((number(round(own, 2)), "", f"device {noun} per interrupt, besides the EOI"))
+        facts.append((number(round(own, 6)), "", f"device {noun} per interrupt, besides the EOI"))
         for what, place in ((top.handler, "handler"), (top.eoi, "EOI")):
             if what:
                 said = f"from delivery to {place}, median"
@@ -236,7 +236,7 @@ def _distribution(stats: Stats, found: pl.DataFrame) -> Html | None:
             if not (values := own[column].drop_nulls()).is_empty()
         ]
         if series:
-            title = f"{cost.device or 'unknown device'}, {number(cost.interrupts)} interrupts"
+            title = f"{cost.device or 'unknown devices'}, {number(cost.interrupts)} interrupts"
             drawn.append(h("div", h("h3", title), curves(series, str(stats.clock))))
     return h("div", *drawn, class_="multiples") if drawn else None
 
@@ -251,7 +251,7 @@ def _costs(stats: Stats) -> Html:
         ]
         rows += [
             [
-                cost.device or "unknown device",
+                cost.device or "unknown",
                 name,
                 unit,
                 number(q.count),
@@ -270,7 +270,7 @@ def _touches(costs: Sequence[Cost]) -> Html:
     head = ["device", "", "interrupts", *causes, "EOIs seen by a controller"]
     rows = [
         [
-            cost.device or "unknown device",
+            cost.device or "unknown",
             "on average" if cost.usual_count < cost.interrupts else "each",
             number(cost.interrupts),
             *(number(round(cost.touches.get(cause, 0), 3)) for cause in causes),
@@ -285,14 +285,15 @@ def _matrix(stats: Stats) -> Html:
     cpus = sorted({d.vcpu for d in stats.delivered if d.vcpu is not None})
     counts: dict[tuple[str, str, str], dict[int | None, int]] = {}
     for d in stats.delivered:
-        named = f"{d.irq}" if d.irq is not None else f"vector {d.vector}"
+        vector = f"vector {d.vector}" if d.vector is not None else ""
+        named = f"{d.irq}" if d.irq is not None else d.function or vector or "unknown"
         source = d.source if d.source is not None else ""
         if d.irq is not None and not source:
             source = "line"
-        row = counts.setdefault((d.device or "?", source, named), {})
+        row = counts.setdefault((d.device or "", source, named), {})
         row[d.vcpu] = row.get(d.vcpu, 0) + d.count
     rows = []
-    for names, row in sorted(counts.items(), key=lambda item: ("vector" in item[0][2], item[0])):
+    for names, row in sorted(counts.items(), key=lambda item: (not item[0][2].isdigit(), item[0])):
         total = sum(row.values())
         cells: list[str] = [_heat(row.get(cpu, 0), total) for cpu in cpus]
         rows.append([*names, *cells, number(total)])

@@ -6,10 +6,11 @@ from __future__ import annotations
 from ..trace.model import Cause, Kind
 from ..trace.stats import Cost, Stats
 from ..trace.store import Trace
-from .page import number, share, tcg
+from .page import number, tcg
 
 __all__ = ["headline", "plural", "touch"]
 
+LISTED = 5  # devices that have a sentence
 MOST = 0.95  # share of interrupts that makes a cost the usual one
 
 
@@ -38,31 +39,32 @@ def headline(stats: Stats, trace: Trace) -> list[str]:
             said = f"No interrupts in {number(stats.events)} {plural('event', stats.events)}"
         return [said]
     noun = touch(stats, trace)
-    first, *others = (_sentence(cost, noun) for cost in stats.costs)
-    return [first, *others[:4]]
+    said = [_sentence(cost, noun) for cost in stats.costs if cost.device][:LISTED]
+    unknown = [cost for cost in stats.costs if cost.device is None]
+    if unknown and said:
+        count = unknown[0].interrupts
+        said.append(f"{number(count)} other {plural('interrupt', count)}, of no known device")
+    return said or [_sentence(cost, noun) for cost in unknown]
 
 
 def _sentence(cost: Cost, noun: str) -> str:
-    device = cost.device or "an unknown device"
+    device = cost.device or "unknown devices"
     count = cost.interrupts
     subject = f"{number(count)} {plural('interrupt', count)} of {device}"
-    usual = cost.usual_count / count
-    if usual < MOST:
+    rare = count - cost.usual_count
+    if cost.usual_count < MOST * count:
         return f"{subject}; one costs on average {_average(cost, noun)}"
-    who = "it" if count == 1 else "each"
-    if usual < 1:
-        who = f"{share(usual)} of them"
+    who = "it" if count == 1 else f"all but {number(rare)}" if rare else "each"
     return f"{subject}; {who} cost {_exact(cost, noun)}"
 
 
 def _exact(cost: Cost, noun: str) -> str:
     own = {cause: n for cause, n in cost.usual.items() if cause is not Cause.EOI}
     total = sum(own.values())
-    said = f"{number(total) if total else 'no'} device {plural(noun, total)}"
-    if not total:
-        said = f"no device {noun}"
-    elif own:
-        said += f" ({', '.join(f'{n} {cause}' for cause, n in own.items())})"
+    said = f"no device {noun}"
+    if total:
+        parts = ", ".join(f"{n} {cause}" for cause, n in own.items())
+        said = f"{total} device {plural(noun, total)} ({parts})"
     ends = cost.usual.get(Cause.EOI, 0)
     if ends:
         return f"{said} and {ends} {plural('EOI', ends)}"
@@ -71,9 +73,9 @@ def _exact(cost: Cost, noun: str) -> str:
 
 def _average(cost: Cost, noun: str) -> str:
     own = {cause: mean for cause, mean in cost.touches.items() if cause is not Cause.EOI}
-    total = sum(own.values())
-    said = f"{number(round(total, 2))} device {plural(noun, total)}"
+    total = round(sum(own.values()), 6)
+    said = f"{number(total)} device {plural(noun, total)}"
     if own:
-        said += f" ({', '.join(f'{number(round(n, 2))} {cause}' for cause, n in own.items())})"
+        said += f" ({', '.join(f'{number(n)} {cause}' for cause, n in own.items())})"
     ends = cost.touches.get(Cause.EOI, 0.0)
-    return f"{said} and {number(round(ends, 2))} {plural('EOI', ends)}"
+    return f"{said} and {number(ends)} {plural('EOI', ends)}"

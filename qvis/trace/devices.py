@@ -23,6 +23,11 @@ ROW = re.compile(
 # What QEMU's parts are called where the field has a name for them.
 NAMES = {
     "apic-msi": "LAPIC",
+    "kvm-apic-msi": "LAPIC",
+    "kvm-ioapic": "IOAPIC",
+    "kvm-pit": "PIT",
+    "kvm-pic": "PIC",
+    "kvm-elcr": "PIC",
     "ioapic": "IOAPIC",
     "serial": "serial",
     "rtc": "RTC",
@@ -90,7 +95,7 @@ def _mapped(query: Query) -> Iterator[Region]:
                 device = owner
             elif name == "virtio-mmio":
                 device = buses.get(owner, f"virtio-mmio@{start:x}")
-            elif name == "ioapic":
+            elif map_name == "ioapic":
                 ioapics += 1
                 device = device if ioapics == 1 else f"{device}{ioapics}"
             yield Region(device, map_name, space, start, end)
@@ -99,7 +104,8 @@ def _mapped(query: Query) -> Iterator[Region]:
 def _map(name: str) -> str:
     """The register map of a region: what kind of device is behind virtio's does not matter."""
     match = re.fullmatch(r"(virtio-pci-(?:common|isr|device|notify))-.*", name)
-    return match[1] if match else name
+    # What KVM emulates has the same registers as what QEMU does.
+    return match[1] if match else name.removeprefix("kvm-")
 
 
 def _mmio_buses(query: Query) -> dict[str, str]:

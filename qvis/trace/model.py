@@ -71,7 +71,7 @@ class Clock(StrEnum):
 _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "time": pl.Int64,  # ns of the recording host's monotonic clock
     "clock": pl.UInt64,  # of this vCPU, in the manifest's unit; null: the source has none
-    "vcpu": pl.UInt16,  # null: not on a vCPU, as when a device's thread raises
+    "vcpu": pl.UInt16,  # of a raise its target; null: not on a vCPU, or more than one
     "kind": pl.Enum(Kind),
     "space": pl.Enum(Space),
     "address": pl.UInt64,  # guest-physical, port or MSR number; null: no register

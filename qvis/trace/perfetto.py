@@ -152,9 +152,13 @@ class _Writer:
     def _track(self, row: Row) -> int:
         vcpu = row["vcpu"]
         if row["kind"] == Kind.RAISE or vcpu is None:
-            device = row["device"] or "unknown"
-            source = row["source"] or ("line" if row["kind"] == Kind.RAISE else "accesses")
-            return self._child("devices", device, source)
+            if row["kind"] != Kind.RAISE:
+                source = "accesses"
+            elif row["device"] is None:
+                source = f"vector {row['vector']}"
+            else:
+                source = row["source"] or "line"
+            return self._child("devices", row["device"] or "unknown", source)
         if row["kind"] == Kind.EXIT:
             return self._child("vCPUs", f"vCPU {vcpu} exits", rank=2 * vcpu + 1)
         return self._child("vCPUs", f"vCPU {vcpu}", rank=2 * vcpu)
@@ -236,7 +240,7 @@ def _name(row: Row) -> str:
         words = (row["reason"], place, row["cause"])
         return " ".join(word for word in words if word) or str(kind)
     owner = " ".join(part for part in (row["device"], row["source"]) if part)
-    return f"{kind} {owner or row['vector']}"
+    return f"{kind} {owner or row['function'] or row['vector']}"
 
 
 def _linked(trace: Trace) -> Iterator[Row]:

@@ -10,7 +10,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,20 @@ from .attribution import attribute
 from .devices import regions
 from .guest import INTERRUPTS, irqs, kernel_moved
 from .model import Clock
-from .sources import READERS, Source, TcgSource, prepare, qemu_options, read_counts, save_counts
+from .sources import (
+    READERS,
+    Source,
+    TcgSource,
+    open_source,
+    prepare,
+    qemu_options,
+    read_counts,
+    save_counts,
+)
 from .store import EVENTS, RAW, Manifest, Provenance, Trace
 from .symbols import Symbols
 
-__all__ = ["COMMAND_DEADLINE", "attribute_trace", "record", "record_boot"]
+__all__ = ["COMMAND_DEADLINE", "Session", "attribute_trace", "record", "record_boot", "recording"]
 
 COMMAND_DEADLINE = 600.0  # seconds
 STATUS = "qvis-status: "  # what the guest's init prints before a command's exit status
@@ -37,75 +47,83 @@ NOT_ENDED = "the recording did not end in order"
 HOST_SALT = b"qvis"  # machine-id(5) asks not to show it as it is
 
 
+@dataclass
+class Session:
+    """A recording that goes on: what it will be known by."""
+
+    status: int | None = None  # with what the work ended; to be set before it does
+    trace: Trace | None = None  # there when the recording has ended, however it did
+
+
 def record(
     machine: Machine,
     output: Path,
-    work: str | Callable[[], None],
+    command: str,
     *,
     vmlinux: Path | None = None,
     deadline: float = COMMAND_DEADLINE,
-) -> tuple[Trace, Completed | None]:
-    """Record ``machine`` into the new folder ``output`` during ``work``.
+) -> tuple[Trace, Completed]:
+    """Record ``machine`` while ``command`` runs in its guest: the trace and what it said.
 
-    That is a command in the guest, or something to call. What the command said
-    comes back with the trace; that it fails is no error. Whatever else goes
-    wrong from here on, what was recorded is kept and the trace says why it is
-    partial; then the error is raised: :class:`GuestError` for a command that
-    does not end within ``deadline`` seconds, :class:`LostMachineError` for a
-    machine that dies. Before anything is recorded, :class:`UsageError` for an
-    ``output`` that is there, or a ``vmlinux`` that is not the guest's.
+    That the command fails is no error. Raises what :func:`recording` does, and
+    :class:`~qvis.errors.GuestError` for a command that does not end within
+    ``deadline`` seconds.
+    """
+    with recording(machine, output, command=command, vmlinux=vmlinux) as session:
+        completed = machine.ssh.run(command, deadline=deadline, check=False)
+        session.status = completed.status
+    assert session.trace is not None  # or an error was raised
+    return session.trace, completed
+
+
+@contextlib.contextmanager
+def recording(
+    machine: Machine, output: Path, *, command: str = "", vmlinux: Path | None = None
+) -> Iterator[Session]:
+    """Record ``machine`` into the new folder ``output`` during the block.
+
+    Whatever is raised in it, what was recorded is kept, the trace says why it is
+    partial, and the error goes on. Raises :class:`UsageError` for an ``output`` that is there, a
+    ``vmlinux`` without symbols or one that is not the guest's, and
+    :class:`~qvis.errors.InfraError` where there is nothing to record with.
     """
     symbols = Symbols.read(vmlinux or Path(machine.info["vmlinux"]))
     moved = kernel_moved(machine.ssh, symbols)
     raw = _make(output)
     try:
-        source = TcgSource(machine, raw, symbols, moved)
-        trace = Trace(output, _manifest(machine, source, work))
+        source = open_source(machine, raw, symbols, moved)
+        trace = Trace(output, _manifest(machine, source, command))
         trace.write_manifest()
         source.start()
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
 
+    session = Session()
     partial: list[str] = []
-    completed: Completed | None = None
-    failure: BaseException | None = None
     begin = time.monotonic()
     try:
-        if callable(work):
-            work()
-        else:
-            completed = machine.ssh.run(work, deadline=deadline, check=False)
-    except KeyboardInterrupt as problem:
-        partial.append("interrupted")
-        failure = problem
-    except (GuestError, LostMachineError) as problem:
-        partial.append(f"the work did not end: {problem.message}")
-        failure = problem
+        yield session
     except BaseException as problem:
-        partial.append(f"the work failed: {problem!r}")
-        failure = problem
-    seconds = time.monotonic() - begin
-    partial += source.stop()
-    manifest = dataclasses.replace(
-        trace.manifest,
-        status=completed.status if completed else None,
-        seconds=seconds,
-        partial=tuple(partial),
-    )
-    # Once more: a device that was bound anew has other interrupts now.
-    with contextlib.suppress(GuestError, LostMachineError):
-        now = irqs(machine.ssh.run(INTERRUPTS).stdout, manifest.regions)
-        known = {irq.irq: irq for irq in (*manifest.irqs, *now)}
-        manifest = dataclasses.replace(manifest, irqs=tuple(known.values()))
-    trace = Trace(output, manifest)
-    trace.write_manifest()
-    trace = attribute_trace(trace)
-    if failure:
-        if isinstance(failure, QvisError):
-            failure.log = output
-        raise failure
-    return trace, completed
+        interrupted = isinstance(problem, KeyboardInterrupt)
+        partial.append("interrupted" if interrupted else f"the work did not end: {problem}")
+        if isinstance(problem, QvisError):
+            problem.log = output
+        raise
+    finally:
+        seconds = time.monotonic() - begin
+        partial += source.stop()
+        manifest = dataclasses.replace(
+            trace.manifest, status=session.status, seconds=seconds, partial=tuple(partial)
+        )
+        # Once more: a device that was bound anew has other interrupts now.
+        with contextlib.suppress(GuestError, LostMachineError):
+            now = irqs(machine.ssh.run(INTERRUPTS).stdout, manifest.regions)
+            known = {irq.irq: irq for irq in (*manifest.irqs, *now)}
+            manifest = dataclasses.replace(manifest, irqs=tuple(known.values()))
+        trace = Trace(output, manifest)
+        trace.write_manifest()
+        session.trace = attribute_trace(trace)
 
 
 def record_boot(
@@ -171,13 +189,12 @@ def attribute_trace(trace: Trace) -> Trace:
     raw, target = trace.path / RAW, trace.path / EVENTS
     unfinished = trace.path / f".{EVENTS}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    partial = list(manifest.partial)
     count = 0
     with step("attribute events") as shown, space_checked():
         unfinished.mkdir()
         try:
-            frames, lost = READERS[manifest.provenance.reader](raw, partial)
-            for number, frame in enumerate(attribute(frames, manifest)):
+            reading = READERS[manifest.provenance.reader](raw)
+            for number, frame in enumerate(attribute(reading.frames(), manifest)):
                 frame.write_parquet(unfinished / f"part-{number:06}.parquet", compression="zstd",
                                     compression_level=1)  # fmt: skip
                 count += len(frame)
@@ -192,8 +209,8 @@ def attribute_trace(trace: Trace) -> Trace:
         dataclasses.replace(
             manifest,
             events=count,
-            lost=lost,
-            partial=tuple(dict.fromkeys(partial)),
+            lost=reading.lost,
+            partial=tuple(dict.fromkeys([*manifest.partial, *reading.partial])),
         ),
     )
     with space_checked():
@@ -214,12 +231,12 @@ def _make(output: Path) -> Path:
     return raw
 
 
-def _manifest(machine: Machine, source: Source, work: str | Callable[[], None]) -> Manifest:
+def _manifest(machine: Machine, source: Source, command: str) -> Manifest:
     mapped = regions(machine.qmp)
     return Manifest(
         provenance=_provenance(machine, source.reader, source.clock),
         machine=machine.name,
-        command=work if isinstance(work, str) else "",
+        command=command,
         status=None,
         started=time.time(),
         seconds=0.0,

@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import polars as pl
 
 from ..build.cache import space_checked
-from ..errors import LostMachineError, QvisError, UsageError
+from ..errors import InfraError, LostMachineError, QvisError, UsageError
+from ..folder import TRACE_CONTROL
 from ..machine.machine import Machine
-from . import simpletrace, tcg
+from . import kvm, simpletrace, tcg, tracefs
 from .model import Clock
 from .symbols import FIRST_VECTOR, Symbols
 
-__all__ = ["READERS", "Source", "TcgSource"]
+__all__ = [
+    "READERS",
+    "Reading",
+    "Source",
+    "TcgSource",
+    "merge",
+    "open_source",
+    "prepare",
+    "qemu_options",
+    "read_counts",
+    "save_counts",
+]
 
 QEMU_TRACE = "qemu.trace"
 COUNTS = "counts.json"
@@ -40,6 +52,31 @@ class Source(Protocol):
 
     def stop(self) -> list[str]:
         """End; why what was recorded is not all, in sentences. Works on a dead machine too."""
+
+
+class Reading(Protocol):
+    """What was recorded, being read."""
+
+    @property
+    def lost(self) -> int:
+        """How many events were seen and not kept; complete when :meth:`frames` is exhausted."""
+
+    @property
+    def partial(self) -> Sequence[str]:
+        """Why this is not all, in sentences; complete at the same time."""
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        """The events in order of time, once."""
+
+
+def open_source(machine: Machine, raw: Path, symbols: Symbols, moved: int) -> Source:
+    """What records ``machine``: the tracer that QEMU has with TCG, or KVM's tracepoints.
+
+    Raises :class:`~qvis.errors.InfraError` when that cannot be, with what it would take.
+    """
+    if (machine.folder / TRACE_CONTROL).exists():
+        return TcgSource(machine, raw, symbols, moved)
+    return KvmSource(machine, raw)
 
 
 class TcgSource:
@@ -116,23 +153,58 @@ def save_counts(raw: Path, counts: tcg.Counts) -> list[str]:
     return partial
 
 
-def _read_tcg(raw: Path, partial: list[str]) -> tuple[Iterator[pl.DataFrame], int]:
-    try:
-        counts = json.loads((raw / COUNTS).read_text())
-        recorded, lost = counts["recorded"], sum(counts["dropped"])
-    except FileNotFoundError:
-        partial.append("the recorder was killed: how much it recorded is known from the files only")
-        recorded, lost = None, 0
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UsageError(f"{raw / COUNTS} is damaged: {problem!r}") from problem
-    streams = [tcg.frames(raw, recorded, partial)]
-    if (raw / QEMU_TRACE).exists():
-        streams.append(simpletrace.frames(raw / QEMU_TRACE, DEVICE_VECTORS, partial))
-    return merge(streams), lost
+class TcgReading:
+    """Both of what a :class:`TcgSource` recorded, as one."""
+
+    def __init__(self, raw: Path) -> None:
+        self._raw = raw
+        self.lost = 0
+        self.partial: list[str] = []
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        recorded: list[int] | None = None
+        try:
+            counts = json.loads((self._raw / COUNTS).read_text())
+            recorded, self.lost = counts["recorded"], sum(counts["dropped"])
+        except FileNotFoundError:
+            self.partial.append("the recorder was killed: how much it recorded is not known")
+        except (ValueError, KeyError, TypeError) as problem:
+            raise UsageError(f"{self._raw / COUNTS} is damaged: {problem!r}") from problem
+        streams = [tcg.frames(self._raw, recorded, self.partial)]
+        if (self._raw / QEMU_TRACE).exists():
+            events = simpletrace.frames(self._raw / QEMU_TRACE, DEVICE_VECTORS, self.partial)
+            streams.append(events)
+        yield from merge(streams)
 
 
-READERS = {TcgSource.reader: _read_tcg}
-"""How each source's raw folder is read: to frames by time, and the number of lost events."""
+class KvmSource:
+    """KVM's tracepoints of the machine's QEMU."""
+
+    reader = "kvm-tracepoints"
+
+    def __init__(self, machine: Machine, raw: Path) -> None:
+        if reason := tracefs.probe():
+            raise InfraError(reason, stage="trace")
+        self.clock = kvm.CLOCKS[tracefs.offered_clock()]
+        threads = {cpu["thread-id"]: cpu["cpu-index"] for cpu in machine.qmp("query-cpus-fast")}
+        self._recorder = tracefs.Recorder(machine.process, threads, raw)
+
+    def start(self) -> None:
+        self._recorder.__enter__()
+
+    def stop(self) -> list[str]:
+        try:
+            self._recorder.__exit__(None, None, None)
+        except InfraError as problem:
+            return [problem.message, *self._recorder.partial]
+        return list(self._recorder.partial)
+
+
+READERS: dict[str, Callable[[Path], Reading]] = {
+    TcgSource.reader: TcgReading,
+    KvmSource.reader: kvm.Reader,
+}
+"""How a trace's raw folder is read, by the source that wrote it."""
 
 
 def merge(streams: list[Iterator[pl.DataFrame]]) -> Iterator[pl.DataFrame]:

@@ -15,10 +15,12 @@ import polars as pl
 
 from .model import Cause, Clock, Kind
 from .store import Trace
+from .symbols import FUNCTIONS
 
 __all__ = ["Cost", "Delivered", "Quantiles", "Stats", "Touched", "interrupts"]
 
 TOUCH = (Kind.ACCESS, Kind.EXIT)
+HANDLERS = [name for name, role in FUNCTIONS.items() if role == "handler"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Delivered:
     device: str | None
     source: str | None  # "": a line for the whole device
     irq: int | None  # Linux's number
-    vector: int | None  # of what Linux has no number for, such as a timer
+    vector: int | None  # where Linux has no number for it
+    function: str | None  # the kernel's entry, likewise: "sysvec_apic_timer_interrupt"
     vcpu: int | None
     count: int
 
@@ -86,12 +89,13 @@ class Stats:
     touched: tuple[Touched, ...]  # most frequent first
     other: float  # share of touches whose cause is unknown or "other", 0 to 1
     delivered: tuple[Delivered, ...]  # by device, source and vCPU
-    costs: tuple[Cost, ...]  # most interrupts first
+    costs: tuple[Cost, ...]  # most interrupts first, and last those of no known device
 
     @classmethod
     def of(cls, trace: Trace) -> Stats:
         """Count everything in ``trace``."""
         events = trace.events()
+        order = ["device", "source", "irq", "vector", "function", "vcpu"]
         no_register = pl.col("register").is_null()
         touches = (
             events.filter(pl.col("kind").is_in(TOUCH))
@@ -99,11 +103,12 @@ class Stats:
             .group_by("kind", "device", "register", "write", "cause", "reason")
             .len("count")
         )
-        unnamed = pl.when(pl.col("irq").is_null()).then(pl.col("vector"))
+        unnamed = pl.col("irq").is_null()
+        named_by = (pl.when(unnamed).then(pl.col(n)).alias(n) for n in ("vector", "function"))
         delivers = (
             events.filter(pl.col("kind") == Kind.DELIVER)
-            .with_columns(unnamed.alias("vector"))
-            .group_by("device", "source", "irq", "vector", "vcpu")
+            .with_columns(*named_by)
+            .group_by(*order)
             .len("count")
         )
         span = events.select(
@@ -116,8 +121,8 @@ class Stats:
         counted = {Kind(kind): count for kind, count in kinds.iter_rows()}
         touched = tuple(_touched(touch.to_dicts(), counted))
         unknown = sum(t.count for t in touched if t.cause in (None, Cause.OTHER) and not t.reason)
-        order = ["device", "source", "irq", "vector", "vcpu"]
-        strings = deliver.with_columns(pl.col("device", "source").cast(pl.String))
+        names = pl.col("device", "source", "function").cast(pl.String)
+        strings = deliver.with_columns(names)
         return cls(
             clock=trace.manifest.provenance.clock,
             events=sum(counted.values()),
@@ -142,12 +147,14 @@ def interrupts(trace: Trace) -> pl.LazyFrame:
 
     ``interrupt``, ``device``, ``source``, ``irq`` and ``vcpu`` are as in the
     events; ``raised``, ``delivered`` and ``last`` (event) are times in ns; ``handler`` and
-    ``eoi`` are units of the clock since deliver on the vCPU that took it;
+    ``eoi`` are units of the clock from deliver to the first driver's handler
+    and the first EOI on the vCPU that took it;
     ``ended`` counts EOI events, and a column named after each
     :class:`~qvis.trace.model.Cause` the touches that belong to it.
     """
     kind = pl.col("kind")
     asked = kind.is_in((Kind.RAISE, Kind.DELIVER, Kind.FUNCTION))  # not the registers' devices
+    handler = (kind == Kind.FUNCTION) & pl.col("function").cast(pl.String).is_in(HANDLERS)
     end = (kind == Kind.EOI) | (pl.col("cause") == Cause.EOI)
     clock = pl.col("clock").cast(pl.Int64)
 
@@ -166,7 +173,7 @@ def interrupts(trace: Trace) -> pl.LazyFrame:
             of(kind == Kind.DELIVER, pl.col("time")).min().alias("delivered"),
             pl.col("time").max().alias("last"),
             of(kind == Kind.DELIVER, clock).min().alias("start"),
-            of(kind == Kind.FUNCTION, clock).min().alias("handler"),
+            of(handler, clock).min().alias("handler"),
             of(end, clock).min().alias("eoi"),
             (kind == Kind.EOI).sum().alias("ended"),
             *((kind.is_in(TOUCH) & (pl.col("cause") == c)).sum().alias(c) for c in Cause),
@@ -210,7 +217,7 @@ def costs(table: pl.DataFrame) -> tuple[Cost, ...]:
                 ended=_mean(rows["ended"]),
             )
         )
-    return tuple(sorted(found, key=lambda c: (-c.interrupts, c.device or "")))
+    return tuple(sorted(found, key=lambda c: (c.device is None, -c.interrupts, c.device)))
 
 
 def _mean(series: pl.Series) -> float:

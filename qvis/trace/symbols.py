@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection, SymbolTableSection
@@ -17,6 +19,10 @@ __all__ = ["ENTRY", "FUNCTIONS", "Symbols"]
 ENTRY = "irq_entries_start"
 """The first of the stubs that the IDT's device vectors point to, one after the other
 (arch/x86/include/asm/idtentry.h)."""
+SYMBOL = np.dtype(  # Elf64_Sym, elf(5)
+    [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"),
+     ("size", "<u8")]
+)  # fmt: skip
 TEXT = "_stext"  # places the kernel: it tells where KASLR moved it to
 ENTRY_END = "spurious_entries_start"
 FIRST_VECTOR = 0x20  # FIRST_EXTERNAL_VECTOR, arch/x86/include/asm/irq_vectors.h
@@ -72,18 +78,13 @@ class Symbols:
 
         Raises :class:`UsageError` when it is no ELF file or has no symbols.
         """
-        wanted = {*FUNCTIONS, ENTRY, ENTRY_END, TEXT}
         try:
             with vmlinux.open("rb") as file:
                 elf = ELFFile(file)
                 table = elf.get_section_by_name(".symtab")
                 if not isinstance(table, SymbolTableSection):
                     raise UsageError(f"{vmlinux} has no symbols: it was stripped")
-                addresses = {
-                    symbol.name: symbol["st_value"]
-                    for symbol in table.iter_symbols()
-                    if symbol.name in wanted or symbol.name.startswith(SYSTEM_ENTRY)
-                }
+                addresses = _addresses(table)
                 build_id = next(
                     (
                         note["n_desc"]
@@ -134,3 +135,22 @@ class Symbols:
             f"the interrupt stubs of this kernel are laid out in a way that qvis does not know "
             f"({ENTRY} at {start:#x}, {ENTRY_END} at {end:#x})"
         )
+
+
+def _addresses(table: SymbolTableSection) -> dict[str, int]:
+    """The symbols that we want, by name.
+
+    The table has tens of thousands, which pyelftools makes an object of each; so
+    look for the names in its strings, and then for who has them.
+    """
+    names = "|".join(map(re.escape, (*FUNCTIONS, ENTRY, ENTRY_END, TEXT)))
+    wanted = re.compile(rf"({names}|{SYSTEM_ENTRY}\w+)\0".encode())
+    strings = table.stringtable.data()
+    symbols = np.frombuffer(table.data(), dtype=SYMBOL)
+    # A name may be the end of a longer one's string, hence each position on its own.
+    at, found = 0, {}
+    while match := wanted.search(strings, at):
+        at = match.start() + 1
+        for value in symbols["value"][symbols["name"] == match.start()]:
+            found[match[1].decode()] = int(value)
+    return found

@@ -38,7 +38,7 @@ from ..errors import InfraError, LostMachineError
 from .kvm import CLOCKS, ESSENTIAL, EVENTS, Recording, lost
 from .ringbuffer import COMMIT, Layout
 
-__all__ = ["TRACEFS", "Recorder", "probe"]
+__all__ = ["TRACEFS", "Recorder", "offered_clock", "probe"]
 
 TRACEFS = Path("/sys/kernel/tracing")
 INTERVAL = 0.05  # seconds between two looks at the buffers
@@ -93,6 +93,12 @@ def _missing(root: Path) -> str | None:
     if missing := [event for event in ESSENTIAL if event not in events]:
         return f"this kernel's kvm has no event {missing[0]}"
     return None
+
+
+def offered_clock(root: Path = TRACEFS) -> str:
+    """The first of :data:`~qvis.trace.kvm.CLOCKS` that this kernel's tracing can be set to."""
+    offered = re.findall(r"[\w-]+", (root / "trace_clock").read_text())
+    return next(clock for clock in CLOCKS if clock in offered)
 
 
 class Recorder:
@@ -152,8 +158,7 @@ class Recorder:
         self._instance.mkdir()
         stack.callback(_remove, self._instance)
         self._set("tracing_on", "0")
-        offered = re.findall(r"[\w-]+", (self._instance / "trace_clock").read_text())
-        self._clock = next(clock for clock in CLOCKS if clock in offered)
+        self._clock = offered_clock(self._instance)
         self._set("trace_clock", self._clock)
         cpus = sorted(int(path.name[3:]) for path in (self._instance / "per_cpu").glob("cpu*"))
         size = min(max(BUFFERS // len(cpus), BUFFER_MIN), BUFFER_MAX)

@@ -32,6 +32,7 @@ SETUP = 20  # accesses to configure the device, before the first interrupt
 IRQS = {"blk0": 57, "net0": 70}  # of the first queue
 MMIO = {"blk0": 0xFEB00000, "net0": 0xFEB00200}
 LAPIC = 0xFEE00000
+TIMER = "sysvec_apic_timer_interrupt"
 
 
 def provenance(transport: str = "msi", *, kvm: bool = False, **changes: Any) -> Provenance:
@@ -165,6 +166,9 @@ def events(transport: str, interrupts: int, *, kvm: bool, queues: int) -> pl.Dat
 
     handler = delivered + 300 + late
     eoi = delivered + (900 + late if line else 120)
+    acknowledged = eoi - 20
+    ack = "ioapic_ack_level" if line else "apic_ack_edge"
+    add(acknowledged, Kind.FUNCTION, function=ack, value=irq, device=device, **tied)
     frames.append(
         step(raised, None, Kind.RAISE, device=device, **tied, **vector).with_columns(
             pl.lit(None, pl.UInt64).alias("clock")
@@ -194,7 +198,7 @@ def events(transport: str, interrupts: int, *, kvm: bool, queues: int) -> pl.Dat
     timer = {"register": "TMICT", "cause": Cause.TIMER, "address": LAPIC + 0x380}
     kind = Kind.EXIT if kvm else Kind.ACCESS
     frames += [
-        step(ticks, tick_cpu, Kind.DELIVER, device="LAPIC", vector=236, pc=0xFFFFFFFF81002222),
+        step(ticks, tick_cpu, Kind.DELIVER, function=TIMER, pc=0xFFFFFFFF81002222),
         step(ticks + 300, tick_cpu, kind, **timer, **lapic),
         step(ticks + 400, tick_cpu, kind, address=0xC000, space=Space.PORT, cause=Cause.OTHER),
     ]
