@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Times and sizes that a user of qvis meets, as JSON on standard output.
 
-    scripts/bench [--runs N] [--patch] [--cold]
+    scripts/bench [--runs N] [--patch] [--cold] [--trace]
 
 Always: `qvis up` with everything built and `qvis exec`, and boot time and
 memory of each transport, interleaved in one run. ``--patch`` adds what a
 one-line change in a patch costs until the new guest is up, for QEMU and for
 Linux; ``--cold`` the way from empty caches (sources too, unless QVIS_SOURCES
-names a folder that has them) to a guest. Times are the host's, in seconds; on
+names a folder that has them) to a guest; ``--trace`` what tracing costs, with
+TCG. Times are the host's, in seconds; on
 TCG they say nothing about hardware.
 """
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--patch", action="store_true")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--trace", action="store_true")
     args = parser.parse_args()
 
     results: dict[str, Any] = {"host": host()}
@@ -54,6 +56,10 @@ def main() -> None:
         results["patch_change_to_guest_s"] = {
             component: patch_change(component, args.backend) for component in ("qemu", "linux")
         }
+    if args.trace:
+        from bench_trace import tracing
+
+        results["tracing"] = tracing(args.runs)
     print(json.dumps(results, indent=2))
 
 

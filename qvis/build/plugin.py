@@ -11,17 +11,18 @@ from ..process import run
 from . import cache
 from .qemu import QemuBuild
 
-__all__ = ["build_plugin"]
+__all__ = ["build_plugin", "glib_flags"]
 
 SOURCES = Path(__file__).parent.parent / "tcgplugin"
 LIBRARY = "libtracer.so"
 DEADLINE = 60.0  # seconds
 
 # Functions of the plugin interface that not every QEMU has. QEMU_PLUGIN_VERSION
-# does not tell: 10.2 brought the second without raising it.
+# does not tell: 10.2 brought the second without raising it, and the others are our series'.
 PROBES = {
     "QVIS_HAVE_IO_CALLBACK": "qemu_plugin_register_vcpu_io_cb",
     "QVIS_HAVE_DISCON_CALLBACK": "qemu_plugin_register_vcpu_discon_cb",
+    "QVIS_HAVE_CUT_CALLBACK": "qemu_plugin_register_vcpu_tb_cut_cb",
 }
 
 
@@ -44,7 +45,7 @@ def build_plugin(qemu: QemuBuild) -> Path:
 
 
 def _compile(include: Path, library: Path) -> None:
-    glib = _glib_flags()
+    glib = glib_flags()
     defines = [f"-D{name}" for name, function in PROBES.items() if _has(include, glib, function)]
     run(
         [cache.COMPILER, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter",
@@ -66,7 +67,8 @@ def _has(include: Path, glib: list[str], function: str) -> bool:
     return done.returncode == 0
 
 
-def _glib_flags() -> list[str]:
+def glib_flags() -> list[str]:
+    """What a compiler has to be told for glib, which the plugin interface uses."""
     try:
         done = subprocess.run(
             ["pkg-config", "--cflags", "--libs", "glib-2.0"],

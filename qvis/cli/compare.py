@@ -99,7 +99,7 @@ def _print(result: Result) -> None:
         print_table(
             ["", "", "difference", "p", "effect"],
             [
-                [pair.metric, f"{pair.a} - {pair.b}", f"{pair.difference:+.4g}",
+                [pair.metric, f"{pair.b} - {pair.a}", f"{pair.difference:+.4g}",
                  f"{pair.p:.3g}", f"{pair.delta:+.2f} ({pair.effect})"]
                 for pair in pairs
             ],

@@ -251,10 +251,10 @@ def _pairs(result: Result, pairs: list[Pair]) -> Html:
             _label(metrics[pair.metric], whole=True) if starts.index(pair.metric) == i else "",
             f"{pair.b} against {pair.a}",
             _verdict(pair),
-            _signed(f"{pair.difference:+,.3g}"),
+            _signed(pair.difference),
             number(pair.ratio) if pair.ratio is not None else "-",
             f"{pair.p:.4f}" if pair.p >= 0.0001 else "<0.0001",
-            _signed(f"{pair.delta:+.2f}"),
+            _signed(round(pair.delta, 2)),
         ]
         for i, pair in enumerate(pairs)
     ]
@@ -279,8 +279,9 @@ def _pairs(result: Result, pairs: list[Pair]) -> Html:
     )
 
 
-def _signed(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}") if float(text.replace(",", "")) else "0"
+def _signed(value: float) -> str:
+    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
+    return sign + number(abs(round(value, 9)))
 
 
 def _verdict(pair: Pair) -> str:
@@ -289,9 +290,10 @@ def _verdict(pair: Pair) -> str:
     if pair.p < CHANCE:
         chance = "unlikely to be chance"
     else:
-        chance = "too few runs to tell" if pair.least_p >= CHANCE else "could be chance"
+        chance = "too few runs to test" if pair.least_p >= CHANCE else "could be chance"
     way = "more" if pair.delta > 0 else "less"
-    return f"{way} over {pair.b}: {pair.effect} effect, {chance}"
+    always = " in every run" if abs(pair.delta) == 1 else ""
+    return f"{way}{always}: {pair.effect} effect, {chance}"
 
 
 def _about(result: Result) -> Html:

@@ -17,7 +17,7 @@ import polars as pl
 from ..trace.model import Cause
 from .page import Html, h, join, number
 
-__all__ = ["Segment", "axis", "bars", "curves", "key", "mark", "strip", "svg", "ticks"]
+__all__ = ["Segment", "axis", "bars", "colour", "curves", "key", "mark", "strip", "svg", "ticks"]
 
 CURVE_POINTS = 240
 BEYOND = 0.99  # share of the values that a frame must hold; the rest is said in words

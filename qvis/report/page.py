@@ -77,10 +77,10 @@ def table(
 
 
 def number(value: float) -> str:
-    """With thousands separators, and three digits that count: 1,234  12.3  0.00123."""
+    """With thousands separators, and no more than four digits that count: 1,234  123.4  1.23."""
     if value == int(value):
         return f"{int(value):,}"
-    if abs(value) >= 100:
+    if abs(value) >= 1000:
         return f"{value:,.0f}"
     places = 2 if abs(value) >= 1 else 3
     text = f"{value:.1f}" if abs(value) >= 10 else f"{value:.{places}f}"

@@ -7,6 +7,7 @@ makes a page of the same size.
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,7 @@ from .figures import axis, colour, key, svg
 from .page import Html, duration, h, join, number
 from .words import plural
 
-__all__ = ["row_of", "whole"]
+__all__ = ["caused", "row_of", "whole"]
 
 BINS = 480
 LANES = 24  # of each sort; the busiest are drawn
@@ -73,10 +74,20 @@ def whole(trace: Trace, stats: Stats) -> tuple[Html, str]:
     ]
     if tops:
         said += f"; the highest are {' and '.join(tops)}"
-    said += ". Nothing is sampled: every event is in a column."
+    said += (
+        ". Heights are square roots, so that little is seen beside much. Nothing is sampled: "
+        "every request and everything on a vCPU is in a column."
+    )
     if left_out:
         said += f" {left_out} less busy lanes are left out."
     return join([key(entries), h("div", *parts, scale, class_="lanes")]), said
+
+
+def caused(row: dict[str, Any]) -> Cause | None:
+    """What an event is coloured for: its cause, or that an interrupt controller saw the end."""
+    if row["cause"] is None:
+        return Cause.EOI if row["kind"] == Kind.EOI else None
+    return Cause(row["cause"])
 
 
 def row_of(trace: Trace, table: pl.DataFrame, chosen: int) -> tuple[Html, str]:
@@ -114,9 +125,9 @@ def row_of(trace: Trace, table: pl.DataFrame, chosen: int) -> tuple[Html, str]:
             h("div", name, class_=class_, title=f"interrupt {number(row['interrupt'])}"),
             h("div", svg(1000, HEIGHT, *shapes), class_="lane life"),
         ]
-    causes = [Cause(cause) for cause in events["cause"].drop_nulls().unique(maintain_order=True)]
+    causes = [cause for row in events.to_dicts() if (cause := caused(row)) is not None]
     entries = [("--c:var(--wait)", "", "asked for"), ("--c:var(--taken)", "", "taken by a vCPU")]
-    entries += [(colour(cause), "", str(cause)) for cause in causes]
+    entries += [(colour(cause), "", str(cause)) for cause in dict.fromkeys(causes)]
     if events.filter(pl.col("kind") == Kind.FUNCTION).height:
         entries.append(("--c:var(--ink)", "", "function of the kernel"))
     said = (
@@ -125,7 +136,7 @@ def row_of(trace: Trace, table: pl.DataFrame, chosen: int) -> tuple[Html, str]:
     )
     over = near.filter(pl.col("last") - pl.col("begin") > reach).height
     if over:
-        said += f" {over} of them last longer than what is drawn."
+        said += f" {over} of them {'lasts' if over == 1 else 'last'} longer than what is drawn."
     return join([key(entries), h("div", *drawn, axis(0, reach, duration), class_="lanes")]), said
 
 
@@ -151,8 +162,8 @@ def _life(rows: list[dict[str, Any]], life: dict[str, Any], reach: int) -> list[
         at = f"{x(row['time']):.2f}"
         if row["kind"] == Kind.FUNCTION:
             shapes.append(h("line", class_="thin", x1=at, x2=at, y1="22", y2="78"))
-        elif row["cause"] is not None:
-            style = colour(Cause(row["cause"]))
+        elif (cause := caused(row)) is not None:
+            style = colour(cause)
             shapes.append(h("line", class_="tick", style=style, x1=at, x2=at, y1="4", y2="96"))
     return shapes
 
@@ -180,7 +191,7 @@ def _columns(counts: list[tuple[int, int]], highest: int, class_: str) -> Html:
     path = ""
     for bin_, count in counts:
         if count:
-            # A single event must be seen beside a thousand.
-            high = max(5.0, HEIGHT * count / highest)
+            # By its square root: one event must be seen beside ten thousand.
+            high = max(4.0, HEIGHT * math.sqrt(count / highest))
             path += f"M{bin_},{HEIGHT}v{-high:.3g}h1V{HEIGHT}z"
     return h("path", d=path, class_=class_)

@@ -13,9 +13,9 @@ from ..trace.export import whole_file
 from ..trace.model import Cause, Kind
 from ..trace.stats import Cost, Quantiles, Stats, interrupts
 from ..trace.store import Trace
-from .figures import Segment, bars, curves, mark
+from .figures import Segment, bars, colour, curves, mark
 from .page import Html, figure, h, join, number, page, share, table, tcg
-from .timeline import row_of, whole
+from .timeline import caused, row_of, whole
 from .words import headline, plural, touch
 
 __all__ = ["write_trace_report"]
@@ -152,8 +152,8 @@ def _steps(trace: Trace, interrupt: int) -> tuple[Html, str]:
         same = taken and row["vcpu"] == taken["vcpu"]
         if same and taken and None not in (row["clock"], taken["clock"]):
             clock = f"{row['clock'] - taken['clock']:+,}" if row is not taken else "0"
-        cause = row["cause"]
-        style = f"--c:var(--{cause.lower().replace(' ', '-')})" if cause else None
+        cause = caused(row)
+        style = colour(cause) if cause else None
         lines.append(
             h(
                 "li",

@@ -39,12 +39,12 @@ def headline(stats: Stats, trace: Trace) -> list[str]:
             said = f"No interrupts in {number(stats.events)} {plural('event', stats.events)}"
         return [said]
     noun = touch(stats, trace)
-    said = [_sentence(cost, noun) for cost in stats.costs if cost.device][:LISTED]
+    named = [_sentence(cost, noun) for cost in stats.costs if cost.device][:LISTED]
     unknown = [cost for cost in stats.costs if cost.device is None]
-    if unknown and said:
+    if unknown and named:
         count = unknown[0].interrupts
-        said.append(f"{number(count)} other {plural('interrupt', count)}, of no known device")
-    return said or [_sentence(cost, noun) for cost in unknown]
+        named.append(f"{number(count)} other {plural('interrupt', count)}, of no known device")
+    return named or [_sentence(cost, noun) for cost in unknown]
 
 
 def _sentence(cost: Cost, noun: str) -> str:
@@ -66,8 +66,10 @@ def _exact(cost: Cost, noun: str) -> str:
         parts = ", ".join(f"{n} {cause}" for cause, n in own.items())
         said = f"{total} device {plural(noun, total)} ({parts})"
     ends = cost.usual.get(Cause.EOI, 0)
+    if ends > 1:
+        return f"{said} and {ends} {plural(noun, ends)} for its EOI"
     if ends:
-        return f"{said} and {ends} {plural('EOI', ends)}"
+        return f"{said} and 1 EOI"
     return f"{said} and 1 EOI without an {noun}" if cost.ended else f"{said} and no EOI"
 
 
@@ -78,4 +80,4 @@ def _average(cost: Cost, noun: str) -> str:
     if own:
         said += f" ({', '.join(f'{number(n)} {cause}' for cause, n in own.items())})"
     ends = cost.touches.get(Cause.EOI, 0.0)
-    return f"{said} and {number(ends)} {plural('EOI', ends)}"
+    return f"{said} and {number(ends)} {plural(noun, ends)} for its EOI"

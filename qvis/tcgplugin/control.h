@@ -75,7 +75,7 @@ enum qvis_kind {
 /* The header has the magic in a, and vCPU << 32 | version in b. */
 struct qvis_record {
 	uint64_t time; /* ns, CLOCK_MONOTONIC */
-	uint64_t clock; /* instructions that this vCPU has begun since the start */
+	uint64_t clock; /* instructions that this vCPU has begun since the start (tracer.c) */
 	uint64_t a;
 	uint64_t b;
 	uint8_t kind;

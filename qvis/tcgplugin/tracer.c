@@ -5,6 +5,10 @@
  *
  *	-plugin file=libtracer.so,control=FILE
  *
+ * Instructions are counted as -icount does: all of a translated block when a vCPU
+ * enters it, less those that it does not get to. Where QEMU does not tell plugins
+ * of that, each is counted by itself, at three times the cost.
+ *
  * It is loaded with every machine and sleeps: two callbacks that look at a flag
  * when a vCPU touches a device or takes an interrupt. Translated code is
  * instrumented, and translated anew, only while a recording runs.
@@ -34,6 +38,12 @@ QEMU_PLUGIN_EXPORT int qemu_plugin_version = QEMU_PLUGIN_VERSION;
 #define SEGMENT_RECORDS 32768
 #define SEGMENT_BYTES (SEGMENT_RECORDS * sizeof(struct qvis_record))
 
+/* Where a function begins in a block: what to record, and what of the block is left. */
+struct entry {
+	uint32_t function; /* index */
+	uint32_t left; /* instructions that follow */
+};
+
 struct vcpu {
 	uint64_t instructions; /* counted by translated code */
 	struct qvis_record *segment;
@@ -42,12 +52,14 @@ struct vcpu {
 	int fd; /* plus one: 0 is none */
 	bool full; /* no room for another segment */
 	struct qemu_plugin_register *argument;
-};
+} __attribute__((aligned(64))); /* no two vCPUs write to one cache line */
 
 static struct qvis_control *control;
 static struct qemu_plugin_scoreboard *vcpus;
 static qemu_plugin_u64 instructions;
 static GHashTable *functions; /* address -> index + 1 */
+static GHashTable *entries; /* of struct entry */
+static GMutex entries_lock;
 static bool recording; /* changes only while no vCPU runs */
 static bool resetting;
 static bool expired; /* the lease has */
@@ -119,7 +131,7 @@ static bool grow(struct vcpu *vcpu, unsigned int index)
 }
 
 static void record(unsigned int index, enum qvis_kind kind, unsigned int size, unsigned int flags,
-		   uint64_t a, uint64_t b)
+		   uint64_t a, uint64_t b, unsigned int left)
 {
 	struct vcpu *vcpu = qemu_plugin_scoreboard_find(vcpus, index);
 	struct qvis_vcpu_counts *counts;
@@ -143,7 +155,7 @@ static void record(unsigned int index, enum qvis_kind kind, unsigned int size, u
 	}
 	next = &vcpu->segment[vcpu->used++];
 	next->time = time;
-	next->clock = vcpu->instructions;
+	next->clock = vcpu->instructions - left;
 	next->a = a;
 	next->b = b;
 	next->size = size;
@@ -220,7 +232,7 @@ static void on_io(qemu_plugin_id_t id, unsigned int index, enum qemu_plugin_io_s
 	if (recording)
 		record(index, QVIS_ACCESS, size,
 		       (is_store ? QVIS_STORE : 0) | (space == QEMU_PLUGIN_IO_PORT ? QVIS_PORT : 0),
-		       address, value);
+		       address, value, 0);
 }
 #else
 /* A QEMU that does not tell: ask of each access where it went. Many times slower. */
@@ -253,7 +265,7 @@ static void on_memory(unsigned int index, qemu_plugin_meminfo_t info, uint64_t a
 	}
 	record(index, QVIS_ACCESS, 1u << qemu_plugin_mem_size_shift(info),
 	       qemu_plugin_mem_is_store(info) ? QVIS_STORE : 0,
-	       qemu_plugin_hwaddr_phys_addr(where), number);
+	       qemu_plugin_hwaddr_phys_addr(where), number, 0);
 }
 #endif
 
@@ -263,7 +275,7 @@ static void on_interrupt(qemu_plugin_id_t id, unsigned int index,
 {
 	look_for_requests();
 	if (recording)
-		record(index, QVIS_INTERRUPT, 0, 0, from, to);
+		record(index, QVIS_INTERRUPT, 0, 0, from, to, 0);
 }
 #endif
 
@@ -296,28 +308,68 @@ static uint64_t first_argument(struct vcpu *vcpu)
 	return value;
 }
 
-static void on_function(unsigned int index, void *function)
+static void on_function(unsigned int index, void *where)
 {
+	const struct entry *entry = where;
+
 	if (recording)
 		record(index, QVIS_FUNCTION, 0, 0,
 		       first_argument(qemu_plugin_scoreboard_find(vcpus, index)),
-		       GPOINTER_TO_UINT(function) - 1);
+		       entry->function, entry->left);
 }
+
+/* One of each kind is enough: blocks are translated again and again. */
+static struct entry *entry_of(uint32_t function, uint32_t left)
+{
+	uint64_t key = (uint64_t)function << 32 | left;
+	struct entry *entry;
+
+	g_mutex_lock(&entries_lock);
+	entry = g_hash_table_lookup(entries, &key);
+	if (!entry) {
+		entry = g_new(struct entry, 1);
+		*entry = (struct entry){ .function = function, .left = left };
+		g_hash_table_insert(entries, g_memdup2(&key, sizeof(key)), entry);
+	}
+	g_mutex_unlock(&entries_lock);
+	return entry;
+}
+
+#ifdef QVIS_HAVE_CUT_CALLBACK
+#define TO_COME(nr, i) ((nr) - 1 - (i)) /* counted already when the vCPU entered the block */
+
+static void on_cut(qemu_plugin_id_t id, unsigned int index, unsigned int insns)
+{
+	struct vcpu *vcpu = qemu_plugin_scoreboard_find(vcpus, index);
+
+	if (recording)
+		vcpu->instructions -= insns;
+}
+#else
+#define TO_COME(nr, i) 0
+#endif
 
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 {
 	size_t nr = qemu_plugin_tb_n_insns(tb);
 
+#ifdef QVIS_HAVE_CUT_CALLBACK
+	qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(tb, QEMU_PLUGIN_INLINE_ADD_U64,
+							  instructions, nr);
+#endif
 	for (size_t i = 0; i < nr; i++) {
 		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
 		void *function = g_hash_table_lookup(
 			functions, GSIZE_TO_POINTER(qemu_plugin_insn_vaddr(insn)));
 
+#ifndef QVIS_HAVE_CUT_CALLBACK
 		qemu_plugin_register_vcpu_insn_exec_inline_per_vcpu(
 			insn, QEMU_PLUGIN_INLINE_ADD_U64, instructions, 1);
+#endif
 		if (function)
-			qemu_plugin_register_vcpu_insn_exec_cb(insn, on_function,
-							       QEMU_PLUGIN_CB_R_REGS, function);
+			qemu_plugin_register_vcpu_insn_exec_cb(
+				insn, on_function, QEMU_PLUGIN_CB_R_REGS,
+				entry_of(GPOINTER_TO_UINT(function) - 1, TO_COME(nr, i)));
 #ifndef QVIS_HAVE_IO_CALLBACK
 		qemu_plugin_register_vcpu_mem_cb(insn, on_memory, QEMU_PLUGIN_CB_NO_REGS,
 						 QEMU_PLUGIN_MEM_RW, NULL);
@@ -327,8 +379,12 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 
 static void register_callbacks(void)
 {
-	if (recording)
+	if (recording) {
 		qemu_plugin_register_vcpu_tb_trans_cb(plugin_id, on_translation);
+#ifdef QVIS_HAVE_CUT_CALLBACK
+		qemu_plugin_register_vcpu_tb_cut_cb(plugin_id, on_cut);
+#endif
+	}
 #ifdef QVIS_HAVE_IO_CALLBACK
 	qemu_plugin_register_vcpu_io_cb(plugin_id, on_io);
 #endif
@@ -377,6 +433,7 @@ QEMU_PLUGIN_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_
 	vcpus = qemu_plugin_scoreboard_new(sizeof(struct vcpu));
 	instructions = qemu_plugin_scoreboard_u64_in_struct(vcpus, struct vcpu, instructions);
 	functions = g_hash_table_new(NULL, NULL);
+	entries = g_hash_table_new(g_int64_hash, g_int64_equal);
 #ifdef QVIS_HAVE_IO_CALLBACK
 	control->sees |= QVIS_SEES_ACCESSES | QVIS_SEES_PORTS;
 #endif

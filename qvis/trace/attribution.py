@@ -3,16 +3,17 @@
 
 Works on a stream of frames in order of time, a few hundred thousand rows at
 once and with numpy, because a trace has more events than Python can look at one
-by one. What a later row has to say of an earlier one is near it: the last
-:data:`LOOKAHEAD` of a frame waits for the next, and no frame ends in the middle
-of an interrupt.
+by one. What one row has to say of another is near it: rows are looked at together
+with what was up to twice :data:`NEAR` before and after them, and nothing farther
+away counts, so that the result does not depend on how frames are cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,14 @@ from .symbols import FUNCTIONS
 
 __all__ = ["attribute"]
 
-LOOKAHEAD = 20_000_000  # ns from a raise to the interrupt's end, on a host that is busy
+# ns from a raise to its delivery at most, and from there to the interrupt's end: a busy host may
+# take a vCPU's thread away meanwhile.
+NEAR = 250_000_000
 DRIVER_OK = 4  # virtio 1.3, 2.1
+VIRTIO_COMMON = ("virtio-mmio", "virtio-pci-common")  # maps with a device status
 NO_VCPU = np.uint16(0xFFFF)
 NONE = -1  # no region, register, cause...
+FAR = 1 << 62  # ns: a time that never comes
 
 # docs/virtio-mmio-msi.md, MsiVector
 MSI_SET_MSG, MSI_MASK, MSI_UNMASK = 1 << 16, 1 << 17, 1 << 18
@@ -57,16 +62,27 @@ def attribute(frames: Iterable[pl.DataFrame], manifest: Manifest) -> Iterator[pl
 
     The frames that come out hold the same rows in the same order, cut elsewhere.
     """
-    state = _State(_Decoder(manifest.regions), _sources(manifest), manifest.command is None)
-    waiting: pl.DataFrame | None = None
+    state = _State.of(manifest)
+    held, given = SCHEMA.to_frame(), 0  # the latest rows; how many of them were given out
+    waiting, rows = [], 0
     for frame in frames:
-        together = frame if waiting is None else pl.concat([waiting, frame])
-        cut = _cut(together, state)
-        if cut:
-            yield state.attribute(together[:cut])
-        waiting = together[cut:]
-    if waiting is not None and len(waiting):
-        yield state.attribute(waiting)
+        waiting.append(frame)
+        rows += len(frame)
+        # As many as are held, or small frames would have the same rows looked at again and again.
+        if rows < len(held):
+            continue
+        held, waiting, rows = pl.concat([held, *waiting]), [], 0
+        time = held["time"].to_numpy()
+        if not len(time):
+            continue
+        until = int(np.searchsorted(time, time[-1] - 2 * NEAR, side="left"))
+        if until > given:
+            yield state.attribute(held, given, until)
+            first = int(np.searchsorted(time, time[until] - 2 * NEAR, side="left"))
+            held, given = held[first:], until - first
+    held = pl.concat([held, *waiting])
+    if len(held) > given:
+        yield state.attribute(held, given, len(held))
 
 
 def _sources(manifest: Manifest) -> dict[int, tuple[str, str]]:
@@ -76,7 +92,7 @@ def _sources(manifest: Manifest) -> dict[int, tuple[str, str]]:
 class _Decoder:
     """Addresses to registers: all maps of a machine laid out one after the other, byte by byte."""
 
-    def __init__(self, regions: Iterable[Region]) -> None:
+    def __init__(self, regions: Sequence[Region]) -> None:
         self.devices: list[str] = []
         self.registers: list[str] = []
         self._known: dict[str, int] = {}
@@ -93,15 +109,19 @@ class _Decoder:
             ]
             columns = np.array(rows, dtype=np.int64).reshape(-1, 6).T
             self._spaces[space] = tuple(columns)  # type: ignore[assignment]
+        self.virtio = {
+            self._device(region.device) for region in regions if region.map in VIRTIO_COMMON
+        }
         self.lapic = self._device("LAPIC")
         self._lapic_base = self._base("apic-msi")
         self.msr = self._register("MSR")
         table = np.concatenate(self._parts, axis=1)
         self._table_register, self._table_read, self._table_write = table
 
-    def register(self, name: str) -> int:
-        """The number of the register of that name; NONE if no device has it."""
-        return self._names.get(name, NONE)
+    def having(self, register: Ints, *names: str) -> Bools:
+        """Which of the numbers are those of registers with these names."""
+        # A name that no device has must not match where nothing is mapped.
+        return np.isin(register, [self._names[name] for name in names if name in self._names])
 
     def _device(self, name: str) -> int:
         if name not in self._known:
@@ -178,20 +198,33 @@ class _State:
 
     decoder: _Decoder
     sources: dict[int, tuple[str, str]]
-    from_boot: bool  # no device has a driver yet
-    live: dict[int, bool] = field(default_factory=dict)  # by device: its driver is at work
+    live: dict[int, bool]  # by device: its driver is at work
     selected: dict[int, int] = field(default_factory=dict)  # by IOAPIC: IOREGSEL
     pin: dict[int, int] = field(default_factory=dict)  # by IOAPIC: whose high word came last
     answers: dict[int, int] = field(default_factory=dict)  # by IOAPIC: cause of the last write
     table_cause: dict[int, int] = field(default_factory=dict)  # by device: of the last write
     interrupts: int = 0
 
-    def attribute(self, frame: pl.DataFrame) -> pl.DataFrame:
-        rows = _Rows(frame)
-        device, register, cause = self._decode(rows)
+    @classmethod
+    def of(cls, manifest: Manifest) -> _State:
+        decoder = _Decoder(manifest.regions)
+        from_boot = manifest.command is None
+        # From boot on no device has a driver yet; else those that we see started had one.
+        live = dict.fromkeys(decoder.virtio, not from_boot)
+        return cls(decoder, _sources(manifest), live)
+
+    def attribute(self, held: pl.DataFrame, given: int, until: int) -> pl.DataFrame:
+        """The rows from ``given`` to ``until``; those around them are there to be looked at."""
+        around = _Rows(held)
+        decoded = self._decode(around)
+        number, irq = self._interrupts(around, decoded[2], given, until)
+        # What is here for later rows only is done over again with them.
+        device, register, cause = (column[given:] for column in decoded)
+        self._ioapics(around[given:], until - given, device, register, cause)
+        rows, count = around[given:until], until - given
+        device, register, cause = device[:count], register[:count], cause[:count]
         self._vector_commands(rows, device, register, cause)
         self._table_reads(rows, device, register, cause)
-        self._ioapics(rows, device, register, cause)
         self._set_up(rows, device, register, cause)
         causes = pl.Series(CAUSES, dtype=SCHEMA["cause"]).gather(_or_null(cause))
         columns = [  # a reader may know already
@@ -199,7 +232,8 @@ class _State:
             _names(self.decoder.registers, register, "register"),
             pl.coalesce(causes.alias("cause"), pl.col("cause")),
         ]
-        return self._interrupts(frame.with_columns(columns), rows, cause)
+        frame = held[given:until].with_columns(columns)
+        return self._with_interrupts(frame, rows, number[given:until], irq[given:until])
 
     def _decode(self, rows: _Rows) -> tuple[Ints, Ints, Ints]:
         device, register, cause = (np.full(rows.count, NONE) for _ in range(3))
@@ -212,7 +246,7 @@ class _State:
 
     def _vector_commands(self, rows: _Rows, device: Ints, register: Ints, cause: Ints) -> None:
         """Masks and messages of virtio-mmio's MSI go through one register: look at the command."""
-        where = np.flatnonzero(register == self.decoder.register("MsiVector"))
+        where = np.flatnonzero(self.decoder.having(register, "MsiVector"))
         value, write = rows.value[where], rows.write[where]
         command = np.full(len(where), CODE[Cause.STATUS])  # to select a vector, and its state
         for bit, what in ((MSI_SET_MSG, Cause.ROUTE), (MSI_UNMASK, Cause.UNMASK),
@@ -220,29 +254,30 @@ class _State:
             command[write & (value & bit != 0)] = CODE[what]
         cause[where] = command
 
-        where = np.flatnonzero((register == self.decoder.register("VectorControl")) & rows.write)
+        where = np.flatnonzero(self.decoder.having(register, "VectorControl") & rows.write)
         masks = rows.value[where] & MSIX_MASKED != 0
         cause[where] = np.where(masks, CODE[Cause.MASK], CODE[Cause.UNMASK])
 
     def _table_reads(self, rows: _Rows, device: Ints, register: Ints, cause: Ints) -> None:
         """Linux reads an MSI-X table only to flush the writes before it, and for their sake."""
-        members = [self.decoder.register(register.name) for register in MSIX_TABLE.registers]
-        for number, where in _by_device(device, np.isin(register, members) & (register != NONE)):
+        members = [register.name for register in MSIX_TABLE.registers]
+        for number, where in _by_device(device, self.decoder.having(register, *members)):
             first = self.table_cause.get(number, CODE[Cause.SETUP])
             filled = _last_before(rows.write[where], cause[where], first)
             cause[where] = filled
             self.table_cause[number] = int(filled[-1])
 
-    def _ioapics(self, rows: _Rows, device: Ints, register: Ints, cause: Ints) -> None:
-        """What IOWIN is depends on IOREGSEL, and why IOREGSEL is written on what follows."""
-        select, window = (self.decoder.register(name) for name in ("IOREGSEL", "IOWIN"))
-        for number, where in _by_device(
-            device, (register != NONE) & ((register == select) | (register == window))
-        ):
-            selects = (register[where] == select) & rows.write[where]
+    def _ioapics(self, rows: _Rows, count: int, device: Ints, register: Ints, cause: Ints) -> None:
+        """What IOWIN is depends on IOREGSEL, and why IOREGSEL is written on what follows.
+
+        Only the first ``count`` rows change what is known of the later ones.
+        """
+        select, window = (self.decoder.having(register, name) for name in ("IOREGSEL", "IOWIN"))
+        for number, where in _by_device(device, select | window):
+            selects = select[where] & rows.write[where]
             index = _last_before(selects, rows.value[where], self.selected.get(number, 0))
             word = index - REDIRECTION
-            writes = (register[where] == window) & rows.write[where] & (word >= 0)
+            writes = window[where] & rows.write[where] & (word >= 0)
             high, low = writes & (word & 1 == 1), writes & (word & 1 == 0)
             # A low word right after its high one is a new target, and else a mask bit.
             last = _last_before(high | low, np.where(high, word >> 1, NONE),
@@ -254,24 +289,21 @@ class _State:
             of[low] = np.where(masked, CODE[Cause.MASK], CODE[Cause.UNMASK])[low]
             of[low & (before == word >> 1)] = CODE[Cause.ROUTE]
             # A read back flushes the write before it; a selection is for what comes next.
-            done = register[where] == window
+            done = window[where]
             answers = _last_before(writes, of, self.answers.get(number, CODE[Cause.SETUP]))
             of = np.where(done & ~rows.write[where] & (word >= 0), answers, of)
-            of[selects] = _first_after(done, of, CODE[Cause.SETUP])[selects]
-            cause[where] = of
-            self.selected[number], self.pin[number] = int(index[-1]), int(last[-1])
-            self.answers[number] = int(answers[-1])
+            time = rows.time[where]
+            near = _first_after(done, time, FAR) - time <= NEAR
+            next_one = np.where(near, _first_after(done, of, NONE), CODE[Cause.SETUP])
+            cause[where] = np.where(selects, next_one, of)
+            if known := int(np.searchsorted(where, count)):
+                self.selected[number] = int(index[known - 1])
+                self.pin[number] = int(last[known - 1])
+                self.answers[number] = int(answers[known - 1])
 
     def _set_up(self, rows: _Rows, device: Ints, register: Ints, cause: Ints) -> None:
         """Until its driver says that it is ready, all that is done to a device is set-up."""
-        status = [self.decoder.register(name) for name in ("Status", "device_status")]
-        says = np.isin(register, status) & (register != NONE) & rows.write
-        for number in np.unique(device[says]):
-            self.live.setdefault(int(number), not self.from_boot)
-        if self.from_boot:  # also what never gets a driver in this frame
-            virtio = np.isin(register, status) & (register != NONE)
-            for number in np.unique(device[virtio]):
-                self.live.setdefault(int(number), False)
+        says = self.decoder.having(register, "Status", "device_status") & rows.write
         for number in list(self.live):
             where = np.flatnonzero(device == number)
             if len(where):
@@ -280,14 +312,15 @@ class _State:
                 cause[where[~live]] = CODE[Cause.SETUP]
                 self.live[number] = bool(live[-1])
 
-    def _interrupts(self, frame: pl.DataFrame, rows: _Rows, cause: Ints) -> pl.DataFrame:
-        """Number the interrupts, and give each's number to all that it consists of."""
+    def _interrupts(self, rows: _Rows, cause: Ints, given: int, until: int) -> tuple[Ints, Ints]:
+        """The numbers of the interrupts that rows belong to, and Linux's numbers of these."""
         number, irq = np.full(rows.count, NONE), np.full(rows.count, NONE)
         groups = _Groups(rows, cause)
         delivered = np.flatnonzero(groups.starts)
+        earlier, new = (int(np.count_nonzero(groups.starts[:at])) for at in (given, until))
         ids = np.full(rows.count, NONE)
-        ids[delivered] = self.interrupts + 1 + np.arange(len(delivered))
-        self.interrupts += len(delivered)
+        ids[delivered] = self.interrupts - earlier + 1 + np.arange(len(delivered))
+        self.interrupts += new - earlier
         number[groups.members] = ids[groups.start[groups.members]]
         # The handler knows which interrupt it is for.
         handler = np.flatnonzero(rows.role("handler") & (groups.start != NONE))
@@ -296,9 +329,14 @@ class _State:
         irq[groups.members] = irqs[groups.start[groups.members]]
         for raised, start in _raises(rows, delivered):
             number[raised], irq[raised] = ids[start], irqs[start]
-        for ended, start in _ends(rows, delivered):
+        for ended, start in _ends(rows, cause, groups):
             number[ended], irq[ended] = ids[start], irqs[start]
+        return number, irq
 
+    def _with_interrupts(
+        self, frame: pl.DataFrame, rows: _Rows, number: Ints, irq: Ints
+    ) -> pl.DataFrame:
+        """``frame`` with these, and with the devices and sources that they are of."""
         known = sorted(self.sources)
         place = np.searchsorted(known, irq) if known else np.zeros(rows.count, dtype=np.int64)
         place = np.where(
@@ -333,7 +371,15 @@ class _Rows:
         self.address = _signed(frame["address"])
         self.value = _signed(frame["value"])
         self.vector = frame["vector"].cast(pl.Int64).fill_null(NONE).to_numpy()
-        self._function = frame["function"]
+        self.function = frame["function"]
+
+    def __getitem__(self, part: slice) -> _Rows:
+        found = copy.copy(self)
+        for name, column in vars(self).items():
+            if name != "count":
+                setattr(found, name, column[part])
+        found.count = len(found.time)
+        return found
 
     def is_kind(self, *kinds: Kind) -> Bools:
         """Which rows are of one of these kinds."""
@@ -342,12 +388,12 @@ class _Rows:
     def role(self, *roles: str) -> Bools:
         """Which rows enter a function that does one of these."""
         names = [name for name, role in FUNCTIONS.items() if role in roles]
-        wanted: Bools = self._function.cast(pl.String).is_in(names).fill_null(False).to_numpy()
+        wanted: Bools = self.function.cast(pl.String).is_in(names).fill_null(False).to_numpy()
         return self.is_kind(Kind.FUNCTION) & wanted
 
 
 class _Groups:
-    """Which rows belong to which delivered interrupt: same vCPU, before the next one."""
+    """Which rows belong to which delivered interrupt: same vCPU, soon, before the next one."""
 
     def __init__(self, rows: _Rows, cause: Ints) -> None:
         order = np.argsort(rows.vcpu, kind="stable")
@@ -360,6 +406,7 @@ class _Groups:
         start = np.full(rows.count, NONE)
         start[order] = np.where(last == NONE, NONE, order[last])
         device_vector = (start != NONE) & (rows.vector[start] != NONE)
+        device_vector &= rows.time - rows.time[start] <= NEAR
         self.start = np.where(device_vector, start, NONE)
         self.starts = rows.is_kind(Kind.DELIVER) & (rows.vector != NONE)
         consists = np.isin(cause, [CODE[c] for c in (Cause.STATUS, Cause.ACKNOWLEDGE, Cause.EOI)])
@@ -375,56 +422,43 @@ def _raises(rows: _Rows, delivered: Ints) -> Iterator[tuple[Ints, Ints]]:
     if not len(raised) or not len(delivered):
         return
     key = rows.vcpu.astype(np.int64) << 8 | rows.vector
-    before = _join(rows, key, earlier=raised, later=delivered)
-    found = before != NONE
-    # One raise, one delivery: of several that point to it the first is right.
-    claimed, first = np.unique(before[found], return_index=True)
-    yield claimed, delivered[found][first]
+    after = _join(raised, key[raised], delivered, key[delivered], "forward")
+    found = (after != NONE) & (rows.time[after] - rows.time[raised] <= NEAR)
+    # One raise, one delivery. Those that follow the first find it pending still and change nothing.
+    claimed, first = np.unique(after[found], return_index=True)
+    yield raised[found][first], claimed
 
 
-def _ends(rows: _Rows, delivered: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Ends that an IOAPIC saw, each with the delivery of that vector before it."""
+def _ends(rows: _Rows, cause: Ints, groups: _Groups) -> Iterator[tuple[Ints, Ints]]:
+    """Ends that an IOAPIC saw, each with the delivery that ended.
+
+    They say the vector only, which other vCPUs may use for other interrupts. But it is the local
+    APIC that tells the IOAPIC, when it is written to.
+    """
     ends = np.flatnonzero(rows.is_kind(Kind.EOI) & (rows.vcpu == NO_VCPU) & (rows.vector != NONE))
-    if len(ends) and len(delivered):
-        before = _join(rows, rows.vector, earlier=delivered, later=ends)
-        found = before != NONE
-        yield ends[found], before[found]
+    written = np.flatnonzero(
+        rows.is_kind(Kind.ACCESS, Kind.EXIT) & rows.write & (cause == CODE[Cause.EOI])
+        & (groups.start != NONE)
+    )  # fmt: skip
+    delivered = np.flatnonzero(groups.starts)
+    for sources, starts in ((written, groups.start[written]), (delivered, delivered)):
+        if not len(ends) or not len(sources):
+            continue
+        at = _join(ends, rows.vector[ends], sources, rows.vector[starts], "backward")
+        found = (at != NONE) & (rows.time[ends] - rows.time[at] <= NEAR)
+        which = np.searchsorted(sources, at[found])
+        yield ends[found], starts[which]
+        ends = ends[~found]
 
 
-def _join(rows: _Rows, key: Ints, *, earlier: Ints, later: Ints) -> Ints:
-    """For each of ``later`` the last of ``earlier`` with its key before it, or NONE."""
-    left = pl.DataFrame({"row": later, "key": key[later]})
-    right = pl.DataFrame({"row": earlier, "key": key[earlier], "found": earlier})
-    joined = left.join_asof(right, on="row", by="key", check_sortedness=False)
+def _join(
+    rows: Ints, key: Ints, others: Ints, their_key: Ints, strategy: Literal["backward", "forward"]
+) -> Ints:
+    """For each of ``rows`` the nearest of ``others`` with its key, before or after it, or NONE."""
+    left = pl.DataFrame({"row": rows, "key": key})
+    right = pl.DataFrame({"row": others, "key": their_key, "found": others})
+    joined = left.join_asof(right, on="row", by="key", strategy=strategy, check_sortedness=False)
     return joined["found"].fill_null(NONE).to_numpy()
-
-
-def _cut(frame: pl.DataFrame, state: _State) -> int:
-    """How many rows can be attributed without those that come next."""
-    rows = _Rows(frame)
-    if not rows.count:
-        return 0
-    cut = int(np.searchsorted(rows.time, rows.time[-1] - LOOKAHEAD, side="left"))
-    if not cut:
-        return 0
-    _, register, cause = state._decode(rows)
-    groups = _Groups(rows, cause)
-    last = np.full(rows.count, NONE)
-    np.maximum.at(last, groups.start[groups.members], groups.members)
-    first = np.arange(rows.count)
-    for raised, start in _raises(rows, np.flatnonzero(groups.starts)):
-        np.minimum.at(first, start, raised)
-    begins = np.flatnonzero(groups.starts)
-    select = state.decoder.register("IOREGSEL")
-    while cut:
-        across = begins[(first[begins] < cut) & (last[begins] >= cut)]
-        if len(across):
-            cut = int(first[across].min())
-        elif register[cut - 1] == select != NONE:
-            cut -= 1
-        else:
-            break
-    return cut
 
 
 def _by_device(device: Ints, chosen: Bools) -> Iterator[tuple[int, Ints]]:

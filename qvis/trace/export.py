@@ -18,7 +18,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..errors import InfraError
+from ..errors import InfraError, UsageError
 from .model import SCHEMA
 from .store import MANIFEST, Trace
 
@@ -63,9 +63,17 @@ def to_csv(trace: Trace, path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write instead of ``path``; it takes its place when the block succeeds.
 
-    So ``path`` is never half a file. :class:`InfraError` when the disk is full.
+    So ``path`` is never half a file. :class:`InfraError` when the disk is full,
+    :class:`UsageError` when there can be no such file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        temporary.touch()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path} cannot be written: {problem.strerror}") from problem
     try:
         yield temporary
         temporary.replace(path)

@@ -10,6 +10,7 @@ vCPUs / vCPU n          an interrupt is a slice from its delivery to its
                         and functions are instants
 vCPUs / vCPU n exits    exits, as slices when their duration is known in ns
 devices / d / source    what asked for interrupts: an instant each
+devices / d / ends      ends that an interrupt controller saw, on no vCPU
 ======================  ====================================================
 
 Arrows lead from raise over deliver and handler to the end of one interrupt.
@@ -153,7 +154,7 @@ class _Writer:
         vcpu = row["vcpu"]
         if row["kind"] == Kind.RAISE or vcpu is None:
             if row["kind"] != Kind.RAISE:
-                source = "accesses"
+                source = "ends" if row["kind"] == Kind.EOI else "accesses"
             elif row["device"] is None:
                 source = f"vector {row['vector']}"
             else:

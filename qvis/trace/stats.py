@@ -155,7 +155,9 @@ def interrupts(trace: Trace) -> pl.LazyFrame:
     kind = pl.col("kind")
     asked = kind.is_in((Kind.RAISE, Kind.DELIVER, Kind.FUNCTION))  # not the registers' devices
     handler = (kind == Kind.FUNCTION) & pl.col("function").cast(pl.String).is_in(HANDLERS)
-    end = (kind == Kind.EOI) | (pl.col("cause") == Cause.EOI)
+    # Linux reads a register on the way to the EOI of a line: that is not its end yet.
+    wrote = (pl.col("cause") == Cause.EOI) & pl.col("write").fill_null(True)
+    end = (kind == Kind.EOI) | wrote
     clock = pl.col("clock").cast(pl.Int64)
 
     def of(what: pl.Expr, column: pl.Expr) -> pl.Expr:

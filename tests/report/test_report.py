@@ -176,7 +176,8 @@ def test_one_interrupt_step_by_step(tmp_path: Path) -> None:
     assert "+340the kernel enters vm_interrupt" in steps[first + 2]
     assert "+420reads blk0.InterruptStatus · 0x1 · interrupt status" in steps[first + 3]
     assert "+460writes blk0.InterruptACK" in steps[first + 4]
-    assert "+940writes LAPIC.EOI" in steps[first + 6]
+    assert "the kernel enters ioapic_ack_level" in steps[first + 6]
+    assert "+940writes LAPIC.EOI" in steps[first + 7]
 
 
 def test_what_is_missing_stands_at_the_top(tmp_path: Path) -> None:
@@ -211,6 +212,15 @@ def test_little_or_nothing_to_show(tmp_path: Path) -> None:
     page = trace_page(tmp_path, store(tmp_path / "bare", bare, provenance()))
     assert page.texts["h1"] == ["51 interrupts, none of a known device"]
     assert "100.0% of them have no known cause" in page.text
+    own = pl.col("device").cast(pl.String) == "LAPIC"
+    device = pl.when(own).then(pl.col("device")).alias("device")
+    page = trace_page(
+        tmp_path, store(tmp_path / "unknown", frame.with_columns(device), provenance())
+    )
+    assert page.texts["h1"][0].startswith("50 interrupts of unknown devices; each cost 2 device")
+    many = frame.with_columns((pl.col("interrupt") % 40).cast(pl.UInt16).alias("vcpu"))
+    page = trace_page(tmp_path, store(tmp_path / "many", many, provenance(smp=40)))
+    assert "16 less busy lanes are left out." in page.text
 
 
 def test_names_of_guests_are_text(tmp_path: Path) -> None:
@@ -249,9 +259,7 @@ def test_comparison(tmp_path: Path) -> None:
     check_loads_nothing(page)
     line = provenance("pci, intx, msi").line()
     check_sources(page, line)
-    assert page.texts["h1"] == [
-        "Per interrupt: 1 access over pci, 3 accesses over intx and 1 access over msi"
-    ]
+    assert page.texts["h1"] == ["Per interrupt: 1 access over pci, 3 over intx and 1 over msi"]
     assert ["accesses", "1in every run", "3in every run", "1in every run"] in page.rows
     times = [row for row in page.rows if row[0] == "boot to SSH, s"]
     assert times[0][1:] == ["1.351.30 to 1.40", "1.551.50 to 1.60", "1.361.31 to 1.41"]
@@ -262,14 +270,14 @@ def test_comparison(tmp_path: Path) -> None:
 def test_comparison_tells_chance(tmp_path: Path) -> None:
     page = comparison_page(tmp_path, comparison())
     told = {(row[1], row[2]): row[3:] for row in page.rows if len(row) == 7 and "against" in row[1]}
-    sure = "more over intx: large effect, unlikely to be chance"
-    assert told["intx against pci", sure] == ["+0.2", "1.15", "0.0022", "+1.00"]
+    sure = "more in every run: large effect, unlikely to be chance"
+    assert told["intx against pci", sure] == ["+0.200", "1.15", "0.0022", "+1"]
     assert told["msi against pci", "no difference"] == ["0", "1", "1.0000", "0"]
-    unsure = "more over msi: small effect, could be chance"
-    assert told["msi against pci", unsure][3] == "+0.17"
+    unsure = "more: small effect, could be chance"
+    assert told["msi against pci", unsure][3] == "+0.170"
     fewer = {key: runs[:3] for key, runs in comparison().series.items()}
     page = comparison_page(tmp_path, comparison(series=fewer))
-    assert "more over intx: large effect, too few runs to tell" in page.text
+    assert "more in every run: large effect, too few runs to test" in page.text
 
 
 def test_comparison_shows_its_evidence(tmp_path: Path) -> None:
@@ -314,7 +322,8 @@ def test_markup() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (1234567, "1,234,567"), (1.5, "1.50"), (31.84, "31.8"), (2306.5, "2,306"),
-     (0.333333, "0.333"), (0.00012, "0.00012"), (-4.25, "-4.25"), (1e-9, "1e-09")],
+     (133.25, "133.2"), (0.333333, "0.333"), (0.00012, "0.00012"), (-4.25, "-4.25"),
+     (1e-9, "1e-09")],
 )  # fmt: skip
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text

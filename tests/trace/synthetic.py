@@ -229,4 +229,4 @@ def step(time: Any, cpu: Any, kind: Kind, **columns: Any) -> pl.DataFrame:
     }
     frame = pl.DataFrame(filled)
     missing = [pl.lit(None).alias(name) for name in SCHEMA if name not in filled]
-    return frame.with_columns(missing).select(SCHEMA.names()).cast(dict(SCHEMA))
+    return frame.with_columns(missing).select(SCHEMA.names()).cast(SCHEMA)

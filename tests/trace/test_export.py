@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from qvis.errors import InfraError
+from qvis.errors import InfraError, UsageError
 from qvis.trace.export import to_csv, to_jsonl
 from qvis.trace.model import SCHEMA
 from qvis.trace.store import Manifest, Trace
@@ -95,9 +95,23 @@ def test_no_space_leaves_what_was_there(tmp_path: Path, export: Export) -> None:
 
 
 @pytest.mark.parametrize("export", EXPORTS)
-def test_other_faults_are_not_taken_for_a_full_disk(tmp_path: Path, export: Export) -> None:
-    with pytest.raises(FileNotFoundError):
-        export(make(tmp_path / "trace"), tmp_path / "missing" / "out.txt")
+def test_a_place_that_cannot_be_written(tmp_path: Path, export: Export) -> None:
+    trace = make(tmp_path / "trace")
+    with pytest.raises(UsageError, match=r"out\.txt cannot be written: No such file"):
+        export(trace, tmp_path / "missing" / "out.txt")
+    with pytest.raises(UsageError, match="cannot be written: Is a directory"):
+        export(trace, tmp_path / "trace")
+    assert [p.name for p in tmp_path.iterdir()] == ["trace"]
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_a_damaged_trace_is_not_taken_for_a_full_disk(tmp_path: Path, export: Export) -> None:
+    trace = make(tmp_path / "trace")
+    (trace.path / "events" / "000001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(Exception, match=r"(?i)parquet") as caught:
+        export(trace, tmp_path / "out.txt")
+    assert not isinstance(caught.value, InfraError)
+    assert [p.name for p in tmp_path.iterdir()] == ["trace"]
 
 
 @contextmanager

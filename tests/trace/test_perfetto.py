@@ -17,7 +17,9 @@ from typing import Any
 
 import polars as pl
 import pytest
-from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as proto
+from perfetto.protos.perfetto.trace import (  # type: ignore[import-untyped]
+    perfetto_trace_pb2 as proto,
+)
 
 from qvis.trace import perfetto
 from qvis.trace.model import Kind
@@ -148,6 +150,7 @@ def test_interrupts_of_a_line(tmp_path: Path) -> None:
         "blk0.InterruptStatus interrupt status",
         "blk0.InterruptACK acknowledge",
         "vring_interrupt",
+        "ioapic_ack_level",
         "LAPIC.EOI EOI",
         "eoi IOAPIC",
     ]
@@ -252,7 +255,7 @@ def test_unattributed_events_and_none_at_all(tmp_path: Path) -> None:
         for name in ("device", "register", "cause", "source", "irq", "interrupt")
     )
     found = exported(tmp_path, store(tmp_path / "bare", bare, provenance("intx")))
-    assert len(found.on("devices / unknown / line")) == 20
+    assert len(found.on("devices / unknown / vector 43")) == 18
     assert not any(s.flows or s.ended for s in found.slices)
     empty = exported(tmp_path, make(tmp_path / "empty", interrupts=0))
     assert [s.track for s in empty.slices] == ["qvis"]

@@ -12,7 +12,7 @@ import pytest
 from qvis.trace.model import Cause, Clock, Kind
 from qvis.trace.stats import Cost, Quantiles, Stats, interrupts
 
-from .synthetic import SETUP, events, make, provenance, store
+from .synthetic import SETUP, TIMER, events, make, provenance, store
 
 
 def cost_of(stats: Stats, device: str | None) -> Cost:
@@ -25,9 +25,9 @@ def counts(stats: Stats, device: str | None) -> dict[str | None, int]:
 
 def test_counts_of_a_line(tmp_path: Path) -> None:
     stats = Stats.of(make(tmp_path / "trace", "intx"))
-    assert stats.events == 9050
+    assert stats.events == 10050
     assert stats.kinds == {
-        Kind.ACCESS: 4040, Kind.RAISE: 1000, Kind.DELIVER: 1010, Kind.FUNCTION: 2000,
+        Kind.ACCESS: 4040, Kind.RAISE: 1000, Kind.DELIVER: 1010, Kind.FUNCTION: 3000,
         Kind.EOI: 1000,
     }  # fmt: skip
     assert counts(stats, "blk0") == {
@@ -48,8 +48,8 @@ def test_each_queue_has_its_cpu(tmp_path: Path, transport: str) -> None:
     assert found == [
         ("req.0", 57, 0, 250), ("req.1", 58, 1, 200), ("req.2", 59, 2, 250), ("req.3", 60, 3, 200)
     ]  # fmt: skip
-    timer = [d for d in stats.delivered if d.device == "LAPIC"]
-    assert {d.vector for d in timer} == {236}
+    timer = [d for d in stats.delivered if d.device is None]
+    assert {(d.function, d.vector) for d in timer} == {(TIMER, None)}
     assert sum(d.count for d in timer) == 10
 
 
@@ -78,7 +78,8 @@ def test_cost_of_an_interrupt(tmp_path: Path) -> None:
 
 def test_quantiles_lie_between(tmp_path: Path) -> None:
     frame = events("msi", 101, kvm=False, queues=1)
-    delay = pl.when(pl.col("kind") == Kind.FUNCTION).then(pl.col("interrupt").cast(pl.UInt64) ** 2)
+    entered = pl.col("function").cast(pl.String) == "vring_interrupt"
+    delay = pl.when(entered).then(pl.col("interrupt").cast(pl.UInt64) ** 2)
     frame = frame.with_columns((pl.col("clock") + delay.fill_null(0)).alias("clock"))
     frame = frame.with_columns(pl.lit("blk0").cast(frame.schema["device"]).alias("device"))
     handler = Stats.of(store(tmp_path / "trace", frame, provenance())).costs[0].handler
@@ -141,3 +142,32 @@ def test_json(tmp_path: Path) -> None:
     assert data["kinds"]["deliver"] == 1010
     assert data["costs"][0]["usual"] == {"interrupt status": 1, "acknowledge": 1, "EOI": 1}
     assert data["costs"][0]["eoi"]["median"] == 940
+
+
+def test_interrupts_of_no_known_device_come_last(tmp_path: Path) -> None:
+    frame = events("msi", 100, kvm=False, queues=4)
+    own = pl.col("device").cast(pl.String).is_in(["blk0", "LAPIC"])
+    bare = pl.when(~own).then(pl.col("device")).alias("device")
+    costs = Stats.of(store(tmp_path / "trace", frame.with_columns(bare), provenance())).costs
+    assert [(cost.device, cost.interrupts) for cost in costs] == [("net0", 10), (None, 90)]
+    assert costs[1].usual == {Cause.EOI: 1}
+
+
+def test_the_handler_is_the_drivers(tmp_path: Path) -> None:
+    """What the interrupt controller's functions do before it is no handler."""
+    frame = events("msi", 100, kvm=False, queues=4)
+    driver = (pl.col("function").cast(pl.String) == "vring_interrupt").fill_null(False)
+    costs = Stats.of(store(tmp_path / "trace", frame.filter(~driver), provenance())).costs
+    assert {cost.handler for cost in costs} == {None}
+
+
+def test_a_read_on_the_way_to_the_end_is_not_the_end(tmp_path: Path) -> None:
+    frame = events("intx", 100, kvm=False, queues=4)
+    end = (pl.col("cause") == Cause.EOI) & (pl.col("kind") == Kind.ACCESS)
+    reads = frame.filter(end).with_columns(
+        pl.col("time") - 4, pl.col("clock") - 4, pl.lit(False).alias("write")
+    )
+    both = pl.concat([frame, reads]).sort("time", maintain_order=True)
+    cost = cost_of(Stats.of(store(tmp_path / "trace", both, provenance("intx"))), "net0")
+    assert cost.usual[Cause.EOI] == 2
+    assert cost.eoi == Quantiles(10, 990, 990, 990, 990, 990)
