@@ -175,7 +175,7 @@ def _run(
         state.provenance[transport] = trace.manifest.provenance
         state.add(transport, operation.measure(trace, target, operation.count))
         if number == 0:
-            rows = tuple(_rows(trace, operation))
+            rows = tuple(_rows(trace, target))
             state.evidence.append(
                 Evidence(operation.name, transport, str(place), operation.count, rows)
             )
@@ -253,14 +253,12 @@ def _set_ups(trace: Trace, target: Target, count: int) -> dict[str, float]:
     return {"accesses per set-up": _count(trace, _of(DISK, IO_APIC), ~used) / count}
 
 
-def _rows(trace: Trace, operation: Operation) -> Iterable[Row]:
+def _rows(trace: Trace, target: Target) -> Iterable[Row]:
     """What of the trace bears on the operation: all but timers, IPIs and other devices."""
     rows = (
         trace.events()
         .filter(_of(DISK, IO_APIC, LOCAL_APIC), ~_caused(Cause.TIMER, Cause.IPI))
-        .filter(
-            (pl.col("device").cast(pl.String) != LOCAL_APIC) | pl.col("interrupt").is_not_null()
-        )
+        .filter((pl.col("device").cast(pl.String) != LOCAL_APIC) | (pl.col("irq") == target.irq))
         .group_by("device", "register", "write", "cause")
         .len()
         .sort("len", "device", "register", descending=[True, False, False])
