@@ -31,3 +31,5 @@ CONFIG_VIRTIO_SERIAL=y
 CONFIG_VIRTIO_SCSI=y
 # Configuration-change interrupts on demand, through QMP.
 CONFIG_VIRTIO_BALLOON=y
+# What QEMU's own tests of translated code print to, and how they end.
+CONFIG_ISA_DEBUG=y
