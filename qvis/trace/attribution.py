@@ -44,7 +44,8 @@ REDIRECTION, REDIRECTION_MASKED = 0x10, 1 << 16
 # SDM volume 3, 11.12.1.2: x2APIC register n is MSR 0x800 + n, at 16 n in xAPIC's page
 X2APIC = range(0x800, 0x840)
 APIC_PAGE = 0xFEE00000
-MSR_TIMER = 0x6E0  # IA32_TSC_DEADLINE
+MSR_TIMER = (0x10, 0x3B, 0x6E0)  # IA32_TIME_STAMP_COUNTER, IA32_TSC_ADJUST, IA32_TSC_DEADLINE
+MSR_APIC_BASE = 0x1B
 MSR_KVM = range(0x4B564D00, 0x4B564E00)  # Documentation/virt/kvm/x86/msr.rst
 
 CAUSES = list(Cause)
@@ -182,8 +183,9 @@ class _Decoder:
         size = MAPS["apic-msi"].size
         at = np.where(apic, self._lapic_base + np.minimum((number - X2APIC.start) * 16, size), 0)
         cause = np.full(len(number), CODE[Cause.OTHER])
-        cause[number == MSR_TIMER] = CODE[Cause.TIMER]
-        cause[(number >= MSR_KVM.start) & (number < MSR_KVM.stop)] = CODE[Cause.SETUP]
+        cause[np.isin(number, MSR_TIMER)] = CODE[Cause.TIMER]
+        paravirtual = (number >= MSR_KVM.start) & (number < MSR_KVM.stop)
+        cause[paravirtual | (number == MSR_APIC_BASE)] = CODE[Cause.SETUP]
         in_apic = np.where(write, self._table_write[at], self._table_read[at])
         return (
             np.where(apic, self.lapic, NONE),
