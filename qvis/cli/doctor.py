@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     checks: list[Callable[[], Iterator[Finding]]] = [
-        _python, _packages, _space, _memory, _series, _builds, _backends,
+        _python, _packages, _space, _memory, _series, _builds, _backends, _tracing,
     ]  # fmt: skip
     findings = []
     for check in checks:
@@ -142,3 +142,15 @@ def _backends() -> Iterator[Finding]:
         probe = backend.probe()
         verdict = Verdict.OK if probe.works else Verdict.NOTE
         yield Finding(f"backend {name}", verdict, probe.reason)
+
+
+def _tracing() -> Iterator[Finding]:
+    from ..build import build_plugin, built
+    from ..trace import tracefs
+
+    if artifacts := built():
+        build_plugin(artifacts.qemu)
+        yield Finding("tracing on tcg", Verdict.OK, "QEMU's plugin is compiled")
+    refusal = tracefs.probe()
+    verdict = Verdict.NOTE if refusal else Verdict.OK
+    yield Finding("tracing on kvm", verdict, refusal or "tracefs has KVM's tracepoints")

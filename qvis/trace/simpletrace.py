@@ -23,7 +23,8 @@ from .model import SCHEMA, Kind
 
 __all__ = ["EVENTS", "Events", "frames", "read"]
 
-EVENTS = ("apic_deliver_irq", "ioapic_eoi_broadcast")
+ARGUMENTS = {"apic_deliver_irq": 5, "ioapic_eoi_broadcast": 1}
+EVENTS = tuple(ARGUMENTS)
 """What is enabled while a trace is recorded."""
 
 HEADER = struct.Struct("<QQQ")
@@ -36,8 +37,14 @@ NAME = struct.Struct("<QL")  # event number, length of its name
 RECORD = struct.Struct("<QQLL")  # event number, ns, bytes with this, process
 TYPE_SIZE = 8
 PIECE = 1 << 22  # bytes read at a time
+LONGEST_RECORD = 1 << 18  # bytes: all of QEMU's buffer
+LONGEST_NAME = 1 << 12
+# ns that an event may be behind one that was written after it: a thread takes the time first
+# and its place in the buffer then.
+LATE = 250_000_000
 # SDM volume 3, 11.6.1: the ICR's delivery modes that carry a vector
 FIXED, LOWEST_PRIORITY = 0, 1
+EVERYBODY = (0xFF, 0xFFFFFFFF)  # 11.6.2.1, in xAPIC and x2APIC mode
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,13 @@ def _scan(
     places: dict[tuple[int, int], list[int]] = {}
     at = dropped = 0
     end = len(data)
-    while at + TYPE_SIZE + RECORD.size <= end:
+    while at + TYPE_SIZE + NAME.size <= end:
         kind = data[at]
         if kind == EVENT:
+            if at + TYPE_SIZE + RECORD.size > end:
+                break
             event, _, length, _ = RECORD.unpack_from(data, at + TYPE_SIZE)
-            if length < RECORD.size:
+            if not RECORD.size <= length <= LONGEST_RECORD:
                 raise UsageError(f"{path} is damaged: a record of {length} bytes")
             if at + TYPE_SIZE + length > end:
                 break
@@ -102,6 +111,8 @@ def _scan(
             at += TYPE_SIZE + length
         elif kind == MAPPING:
             event, length = NAME.unpack_from(data, at + TYPE_SIZE)
+            if length > LONGEST_NAME:
+                raise UsageError(f"{path} is damaged: a name of {length} bytes")
             stop = at + TYPE_SIZE + NAME.size + length
             if stop > end:
                 break
@@ -124,26 +135,37 @@ def _gather(data: npt.NDArray[np.uint8], name: str, places: list[int], count: in
 
 
 def frames(path: Path, device_vectors: range, partial: list[str]) -> Iterator[pl.DataFrame]:
-    """Raises of device vectors, and ends seen by an IOAPIC, each frame in order of time.
+    """Raises of device vectors, and ends seen by an IOAPIC, in order of time.
 
     A raise's ``vcpu`` is its target, where it has a single one.
     """
+    held = SCHEMA.to_frame()
     for several in read(path, partial):
-        parts = []
+        parts = [held]
         for events in several:
-            if events.name == "apic_deliver_irq":
-                parts.append(_raises(events, device_vectors))
-            elif events.name == "ioapic_eoi_broadcast":
-                parts.append(_ends(events))
-        if parts:
-            yield pl.concat(parts).sort("time", maintain_order=True)
+            if events.name not in ARGUMENTS:
+                continue
+            if events.arguments.shape[1] != ARGUMENTS[events.name]:
+                raise UsageError(
+                    f"{path} is of a QEMU that qvis does not know: it has {events.name} with "
+                    f"{events.arguments.shape[1]} arguments"
+                )
+            raises = events.name == "apic_deliver_irq"
+            parts.append(_raises(events, device_vectors) if raises else _ends(events))
+        held = pl.concat(parts).sort("time", maintain_order=True)
+        if len(held):
+            split = held["time"].search_sorted(held["time"][-1] - LATE, "left")
+            yield held[:split]
+            held = held[split:]
+    yield held
 
 
 def _raises(events: Events, device_vectors: range) -> pl.DataFrame:
     destination, logical, mode, vector, _ = events.arguments.astype(np.int64).T
     wanted = np.isin(mode, (FIXED, LOWEST_PRIORITY)) & np.isin(vector, list(device_vectors))
     # Logical destinations in the flat model are one bit a vCPU (SDM volume 3, 11.6.2.2).
-    single = (logical == 0) | ((destination & (destination - 1) == 0) & (destination > 0))
+    physical = (logical == 0) & ~np.isin(destination, EVERYBODY)
+    single = physical | (logical != 0) & (destination & (destination - 1) == 0) & (destination > 0)
     bit = np.log2(np.maximum(destination, 1)).astype(np.int64)
     target = np.where(single, np.where(logical == 0, destination, bit), -1)
     frame = _frame(events.time, Kind.RAISE, vector, target)

