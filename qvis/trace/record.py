@@ -39,7 +39,15 @@ from .sources import (
 from .store import EVENTS, RAW, Manifest, Provenance, Trace
 from .symbols import Symbols
 
-__all__ = ["COMMAND_DEADLINE", "Session", "attribute_trace", "record", "record_boot", "recording"]
+__all__ = [
+    "COMMAND_DEADLINE",
+    "Session",
+    "attribute_trace",
+    "provenance",
+    "record",
+    "record_boot",
+    "recording",
+]
 
 COMMAND_DEADLINE = 600.0  # seconds
 STATUS = "qvis-status: "  # what the guest's init prints before a command's exit status
@@ -118,7 +126,8 @@ def recording(
         )
         # Once more: a device that was bound anew has other interrupts now.
         with contextlib.suppress(GuestError, LostMachineError):
-            now = irqs(machine.ssh.run(INTERRUPTS).stdout, manifest.regions)
+            said = machine.ssh.run(INTERRUPTS).stdout if machine.folder.alive else ""
+            now = irqs(said, manifest.regions)
             known = {irq.irq: irq for irq in (*manifest.irqs, *now)}
             manifest = dataclasses.replace(manifest, irqs=tuple(known.values()))
         trace = Trace(output, manifest)
@@ -153,7 +162,7 @@ def record_boot(
             counts = read_counts(guest.folder.path)
             console = (guest.folder / CONSOLE_LOG).read_text(errors="replace")
             source = TcgSource.reader, TcgSource.clock
-            from_machine = _provenance(guest, *source)
+            from_machine = provenance(guest, *source)
             name, seconds = guest.name, sum(guest.info["boot"]["stages"].values())
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
@@ -234,7 +243,7 @@ def _make(output: Path) -> Path:
 def _manifest(machine: Machine, source: Source, command: str) -> Manifest:
     mapped = regions(machine.qmp)
     return Manifest(
-        provenance=_provenance(machine, source.reader, source.clock),
+        provenance=provenance(machine, source.reader, source.clock),
         machine=machine.name,
         command=command,
         status=None,
@@ -246,7 +255,8 @@ def _manifest(machine: Machine, source: Source, command: str) -> Manifest:
     )
 
 
-def _provenance(machine: Machine, reader: str, clock: Clock) -> Provenance:
+def provenance(machine: Machine, reader: str, clock: Clock) -> Provenance:
+    """Where numbers of ``machine`` come from that ``reader`` reads and ``clock`` counts."""
     facts, spec = machine.info["provenance"], machine.spec
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return Provenance(
