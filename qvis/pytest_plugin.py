@@ -75,9 +75,10 @@ class Recording:
                 f"{'write' if row['write'] else 'read'}, {row['cause']}"
                 for row in rows
             ]
+            noun = {"access": "accesses", "exit": "exits"}[self.trace.manifest.provenance.touch]
             wanted = ", ".join(f"{name}={value!r}" for name, value in what.items()) or "any"
             pytest.fail(
-                "\n".join([f"{found:,} exits with {wanted}, expected {expected:,}", *shown,
+                "\n".join([f"{found:,} {noun} with {wanted}, expected {expected:,}", *shown,
                            f"  {self.trace.manifest.provenance.line()}",
                            f"  trace: {self.trace.path}"])
             )  # fmt: skip
@@ -85,15 +86,19 @@ class Recording:
     def _rows(self, what: dict[str, str | int], *kinds: str) -> list[dict[str, Any]]:
         import polars as pl
 
-        from .trace.model import SCHEMA, Cause, Kind
+        from .trace.model import SCHEMA, Cause
 
         events = self.trace.events()
-        events = events.filter(pl.col("kind").is_in(list(kinds) or [Kind.ACCESS, Kind.EXIT]))
+        touch = self.trace.manifest.provenance.touch
+        events = events.filter(pl.col("kind").is_in(list(kinds) or [touch]))
         for name, value in what.items():
             if name not in SCHEMA:
                 raise TypeError(f"events have no {name!r}: they have {', '.join(SCHEMA)}")
             if name == "cause" and value not in list(Cause):
                 raise TypeError(f"no cause {value!r}: there are {', '.join(Cause)}")
+            devices = {region.device for region in self.trace.manifest.regions}
+            if name == "device" and value not in devices:
+                raise TypeError(f"no device {value!r}: there are {', '.join(sorted(devices))}")
             text = isinstance(value, str)
             column = pl.col(name).cast(pl.String) if text else pl.col(name)
             events = events.filter(column == value)

@@ -36,7 +36,7 @@ from qvis.trace.store import RAW, Trace
 from qvis.trace.symbols import Symbols
 from qvis.trace.tcg import RECORD_TYPE
 
-REQUESTS = 5000
+REQUESTS = 10_000
 SMALL = 2_000_000  # events
 LARGE = 10_000_000
 EXECLOG_LIMIT = 30.0  # how many times our own boot execlog may take before it is ended

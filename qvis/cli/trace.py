@@ -67,17 +67,35 @@ def run(args: argparse.Namespace) -> int:
         "export": _export,
         "attribute": _attribute,
     }
+    if args.deadline <= 0:
+        raise UsageError(f"--deadline must be more than 0 seconds, not {args.deadline:g}")
+    if args.limit < 0:
+        raise UsageError(f"--limit must be at least 0, not {args.limit}")
     if args.boot:
         return _boot(args)
     if args.words and args.words[0] in actions:
         if len(args.words) < 2:
             raise UsageError(f"which trace? qvis trace {args.words[0]} TRACE")
-        from ..trace.store import Trace
-
-        return actions[args.words[0]](args, Trace.open(Path(args.words[1])))
+        return _act(actions[args.words[0]], args)
     if len(args.words) != 1:
         raise UsageError("name one machine, or an action and a trace (see `qvis trace --help`)")
     return _record(args)
+
+
+def _act(action: Callable[[argparse.Namespace, Trace], int], args: argparse.Namespace) -> int:
+    from polars.exceptions import ComputeError
+
+    from ..trace.store import Trace
+
+    trace = Trace.open(Path(args.words[1]))
+    try:
+        return action(args, trace)
+    except ComputeError as problem:  # of a Parquet file that cannot be read
+        reason = str(problem).splitlines()[0]
+        raise UsageError(
+            f"the events of {trace.path} are damaged ({reason}): `qvis trace attribute "
+            f"{trace.path}` makes them anew"
+        ) from problem
 
 
 def _record(args: argparse.Namespace) -> int:

@@ -203,7 +203,7 @@ def _traced(evidence: Evidence) -> list[Html]:
         for row in evidence.rows
     ]
     said = f"{number(evidence.operations)} operations in trace "
-    where = h("p", said, h("code", evidence.trace))
+    where = h("p", said, h("a", h("code", evidence.trace), href=evidence.trace))
     if not rows:
         return [where, h("p", "No register was touched.", class_="soft")]
     return [where, table(["register", "cause", "count"], rows, text=2)]

@@ -63,6 +63,8 @@ static GMutex entries_lock;
 static bool recording; /* changes only while no vCPU runs */
 static bool resetting;
 static bool expired; /* the lease has */
+/* That of this recording: qvis may be filling in the next one's already. */
+static char folder[QVIS_MAX_PATH];
 static qemu_plugin_id_t plugin_id;
 
 static void register_callbacks(void);
@@ -94,7 +96,7 @@ static bool grow(struct vcpu *vcpu, unsigned int index)
 		return false;
 	vcpu->full = true; /* until it has worked */
 	if (!vcpu->fd) {
-		g_autofree char *path = g_strdup_printf("%s/vcpu-%04u.bin", control->folder, index);
+		g_autofree char *path = g_strdup_printf("%s/vcpu-%04u.bin", folder, index);
 		int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
 
 		if (fd < 0) {
@@ -194,7 +196,7 @@ static void begin(void)
 				    GUINT_TO_POINTER(i + 1));
 	memset(control->vcpus, 0, sizeof(control->vcpus));
 	control->error = 0;
-	control->folder[QVIS_MAX_PATH - 1] = 0;
+	g_strlcpy(folder, control->folder, sizeof(folder));
 }
 
 /*
@@ -207,7 +209,8 @@ static void answer(qemu_plugin_id_t id)
 
 	if (recording)
 		end_files();
-	recording = control->want == QVIS_RECORDING && !expired;
+	/* A lease that has passed ends what went on, and not what is asked for since. */
+	recording = control->want == QVIS_RECORDING && (!expired || request != control->answered);
 	if (recording)
 		begin();
 	resetting = false;
@@ -235,7 +238,22 @@ static void on_io(qemu_plugin_id_t id, unsigned int index, enum qemu_plugin_io_s
 		       address, value, 0);
 }
 #else
-/* A QEMU that does not tell: ask of each access where it went. Many times slower. */
+/*
+ * A QEMU that does not tell: ask of each access where it went. Many times slower.
+ *
+ * qemu_plugin_hwaddr_is_io() knows no device in QEMU 10.2: tlb_plugin_lookup() in
+ * accel/tcg/cputlb.c looks for TLB_MMIO in the address of the TLB's entry, but the
+ * flag is one of its slow_flags. So know where a microvm has no memory
+ * (hw/i386/microvm.c): below 4 GiB, up to its firmware, and far above.
+ */
+static bool is_device(const struct qemu_plugin_hwaddr *where)
+{
+	uint64_t address = qemu_plugin_hwaddr_phys_addr(where);
+
+	return qemu_plugin_hwaddr_is_io(where) ||
+	       (address >= 0xc0000000ull && address < 0xff000000ull) || address >= 1ull << 39;
+}
+
 static void on_memory(unsigned int index, qemu_plugin_meminfo_t info, uint64_t address,
 		      void *unused)
 {
@@ -243,7 +261,7 @@ static void on_memory(unsigned int index, qemu_plugin_meminfo_t info, uint64_t a
 	qemu_plugin_mem_value value;
 	uint64_t number = 0;
 
-	if (!where || !qemu_plugin_hwaddr_is_io(where))
+	if (!where || !is_device(where))
 		return;
 	value = qemu_plugin_mem_get_value(info);
 	switch (value.type) {

@@ -273,6 +273,7 @@ def provenance(machine: Machine, reader: str, clock: Clock) -> Provenance:
         transport=str(spec.transport),
         smp=spec.smp,
         queues=spec.queues,
+        memory=spec.memory,
     )
 
 

@@ -7,6 +7,7 @@ to read it included, so that it can be read again later and elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Protocol
 import polars as pl
 
 from ..build.cache import space_checked
-from ..errors import InfraError, LostMachineError, QvisError, UsageError
+from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
 from ..folder import TRACE_CONTROL
 from ..machine.machine import Machine
 from . import kvm, simpletrace, tcg, tracefs
@@ -39,6 +40,7 @@ __all__ = [
 
 QEMU_TRACE = "qemu.trace"
 COUNTS = "counts.json"
+NUDGE_DEADLINE = 2.0  # seconds
 DEVICE_VECTORS = range(FIRST_VECTOR, 0xEC)  # what is above is timers and IPIs
 
 
@@ -94,9 +96,16 @@ class TcgSource:
         tcg.write_layout(raw, symbols, functions, moved)
 
     def start(self) -> None:
-        self._machine.qmp.monitor(f"trace-file set {self._raw / QEMU_TRACE}")
+        # Quoted as QEMU's monitor reads it (get_str() in monitor/hmp.c).
+        path = str(self._raw / QEMU_TRACE).replace("\\", "\\\\").replace('"', '\\"')
+        self._machine.qmp.monitor(f'trace-file set "{path}"')
         self._qemu_events(True)
-        self._recorder.start(self._nudge)
+        try:
+            self._recorder.start(self._nudge)
+        except BaseException:
+            with contextlib.suppress(QvisError):
+                self._qemu_events(False)
+            raise
 
     def stop(self) -> list[str]:
         partial = [f"this QEMU does not tell plugins of {what}" for what in self._recorder.blind]
@@ -119,8 +128,11 @@ class TcgSource:
             qmp.monitor("trace-file off")
 
     def _nudge(self) -> None:
-        """An SSH packet is an interrupt."""
-        self._machine.ssh.run("true")
+        """An SSH packet is an interrupt, whether or not it is answered."""
+        if not self._machine.folder.alive:
+            raise LostMachineError(f"machine {self._machine.name!r} is gone")
+        with contextlib.suppress(GuestError, LostMachineError):
+            self._machine.ssh.run("true", deadline=NUDGE_DEADLINE)
 
 
 def prepare(folder: Path, raw: Path, symbols: Symbols) -> None:
@@ -132,7 +144,8 @@ def prepare(folder: Path, raw: Path, symbols: Symbols) -> None:
 def qemu_options(raw: Path) -> tuple[str, ...]:
     """The same for QEMU's own trace events."""
     enabled = [option for name in simpletrace.EVENTS for option in ("-trace", f"enable={name}")]
-    return (*enabled, "-trace", f"file={raw / QEMU_TRACE}")
+    path = str(raw / QEMU_TRACE).replace(",", ",,")  # a comma would end it
+    return (*enabled, "-trace", f"file={path}")
 
 
 def read_counts(folder: Path) -> tcg.Counts:

@@ -87,7 +87,7 @@ class Stats:
     last: int | None
     kinds: dict[Kind, int]
     touched: tuple[Touched, ...]  # most frequent first
-    other: float  # share of touches whose cause is unknown or "other", 0 to 1
+    other: float  # of touches of a register, the share whose cause is unknown or "other"
     delivered: tuple[Delivered, ...]  # by device, source and vCPU
     costs: tuple[Cost, ...]  # most interrupts first, and last those of no known device
 
@@ -114,13 +114,17 @@ class Stats:
         span = events.select(
             pl.col("time").min().alias("first"), pl.col("time").max().alias("last")
         )
-        kinds, touch, deliver, times, table = pl.collect_all(
-            [events.group_by("kind").len(), touches, delivers, span, interrupts(trace)],
+        # Exits for no register, such as a halt, have no cause and need none.
+        unclaimed = pl.col("cause").is_null() | (pl.col("cause") == Cause.OTHER)
+        addressed = events.filter(
+            pl.col("kind").is_in(TOUCH), pl.col("address").is_not_null()
+        ).select(pl.len().alias("all"), unclaimed.sum().alias("other"))
+        kinds, touch, deliver, times, registers, table = pl.collect_all(
+            [events.group_by("kind").len(), touches, delivers, span, addressed, interrupts(trace)],
             engine="streaming",
         )
         counted = {Kind(kind): count for kind, count in kinds.iter_rows()}
         touched = tuple(_touched(touch.to_dicts(), counted))
-        unknown = sum(t.count for t in touched if t.cause in (None, Cause.OTHER) and not t.reason)
         names = pl.col("device", "source", "function").cast(pl.String)
         strings = deliver.with_columns(names)
         return cls(
@@ -130,7 +134,7 @@ class Stats:
             last=times["last"][0],
             kinds={kind: counted[kind] for kind in Kind if kind in counted},
             touched=touched,
-            other=unknown / max(1, sum(t.count for t in touched)),
+            other=registers["other"][0] / max(1, registers["all"][0]),
             delivered=tuple(
                 Delivered(**row) for row in strings.sort(order, nulls_last=True).to_dicts()
             ),

@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from ..errors import UsageError
-from .model import SCHEMA, Clock, Space
+from .model import SCHEMA, Clock, Kind, Space
 
 __all__ = ["Irq", "Manifest", "Provenance", "Region", "Trace"]
 
@@ -46,20 +46,27 @@ class Provenance:
     transport: str
     smp: int
     queues: int
+    memory: int  # MiB
+
+    @property
+    def touch(self) -> Kind:
+        """What a guest that touches a register does: nothing exits on TCG."""
+        return Kind.ACCESS if self.accelerator.startswith("tcg") else Kind.EXIT
 
     def clashes(self, other: Provenance) -> list[str]:
         """What forbids to compare with ``other``, in words; the transport may differ."""
         return [
             f"{name}: {mine} against {theirs}"
-            for name in ("clock", "reader", "backend", "accelerator", "machine", "smp", "queues",
-                         "qemu", "qemu_series", "linux", "linux_series")
+            for name in ("clock", "reader", "backend", "accelerator", "machine", "host", "smp",
+                         "queues", "memory", "qemu", "qemu_series", "linux", "linux_series")
             if (mine := getattr(self, name)) != (theirs := getattr(other, name))
         ]  # fmt: skip
 
     def line(self) -> str:
         """All of it in one line, to stand beside a figure."""
         return (
-            f"{self.transport}, {self.smp} vCPUs, {self.queues} queues; {self.backend} "
+            f"{self.transport}, {self.smp} vCPUs, {self.memory} MiB, {self.queues} queues; "
+            f"{self.backend} "
             f"({self.accelerator}); QEMU {self.qemu} ({self.qemu_series}), Linux {self.linux} "
             f"({self.linux_series}); {self.reader}, clock: {self.clock}; {self.host}"
         )
@@ -154,12 +161,24 @@ class Trace:
     def events(self) -> pl.LazyFrame:
         """The events in order of time, to be collected in part or streamed.
 
-        Columns are those of :data:`~qvis.trace.model.SCHEMA`.
+        Columns are those of :data:`~qvis.trace.model.SCHEMA`. Raises
+        :class:`UsageError` when they are not there, or not all, or damaged.
         """
         parts = sorted((self.path / EVENTS).glob("*.parquet"))
-        if not parts:
-            return SCHEMA.to_frame().lazy()
-        return pl.scan_parquet(parts)
+        again = f"`qvis trace attribute {self.path}` makes them of what was recorded"
+        if not (self.path / EVENTS).is_dir():
+            raise UsageError(f"{self.path} has no events yet: {again}")
+        try:
+            events = pl.scan_parquet(parts) if parts else SCHEMA.to_frame().lazy()
+            count = events.select(pl.len()).collect().item()
+        except (pl.exceptions.PolarsError, OSError) as problem:
+            reason = str(problem).splitlines()[0]
+            raise UsageError(f"the events of {self.path} are damaged ({reason}): {again}") from None
+        if count != self.manifest.events:
+            raise UsageError(
+                f"{self.path} has {count} of its {self.manifest.events} events: {again}"
+            )
+        return events
 
     def write_manifest(self) -> None:
         """Put the manifest into the folder, in one step."""

@@ -6,6 +6,7 @@ The layouts are those of ``qvis/tcgplugin/control.h``.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
 import time
@@ -109,7 +110,10 @@ def write_request(machine: Path, raw: Path, functions: Sequence[int]) -> None:
 
 def read_counts(machine: Path) -> Counts:
     """How much the plugin has recorded; also that of a machine that has died."""
-    control = _map(machine)[0]
+    return _counts(_map(machine)[0])
+
+
+def _counts(control: Any) -> Counts:
     vcpus = control["vcpus"]
     used = np.flatnonzero(vcpus["recorded"] + vcpus["dropped"])
     count = int(used[-1]) + 1 if len(used) else 0
@@ -127,11 +131,12 @@ class Recorder:
         """Record into the folder ``raw``; ``functions`` are addresses to be told of.
 
         Raises :class:`InfraError` when the machine was started without the
-        plugin, or has one of another version.
+        plugin, or has one of another version, and :class:`UsageError` when
+        somebody records it already.
         """
-        self._machine = machine
         try:
             self._control = _map(machine)[0]
+            self._lock = (machine / TRACE_CONTROL).open("rb")
         except (OSError, ValueError) as problem:
             raise InfraError(
                 "this machine was started without the tracer: end it and start it again",
@@ -143,6 +148,15 @@ class Recorder:
                 "again",
                 stage="trace",
             )
+        try:
+            # Dropped by the kernel, however we end.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            self._lock.close()
+            raise UsageError(
+                f"machine {machine.name!r} is being recorded already: end that first, since it "
+                "has one tracer"
+            ) from problem
         _fill(self._control, raw, functions)
         self._stopped = threading.Event()
         self._renewer = threading.Thread(target=self._keep_renewing, daemon=True)
@@ -160,7 +174,11 @@ class Recorder:
         """Begin; ``nudge`` makes the guest do something. :class:`InfraError` without an answer."""
         self._renew()
         self._renewer.start()
-        self._ask(RECORDING, nudge)
+        try:
+            self._ask(RECORDING, nudge)
+        except BaseException:
+            self._end()
+            raise
 
     def stop(self, nudge: Callable[[], None]) -> bool:
         """End the recording; the files are whole then.
@@ -168,15 +186,24 @@ class Recorder:
         Whether it was still going on is told: a recorder that was suspended for
         longer than its lease finds that it was not.
         """
-        self._stopped.set()
-        self._renewer.join()
         went_on = self._control["state"] == RECORDING
-        self._ask(IDLE, nudge)
+        try:
+            self._ask(IDLE, nudge)
+        finally:
+            self._end()
         return bool(went_on)
 
+    def _end(self) -> None:
+        """Leave the tracer to others; should it still record, it is to end on its own."""
+        self._stopped.set()
+        self._renewer.join()
+        self._control["want"] = IDLE
+        self._control["lease"] = 1
+        self._lock.close()
+
     def counts(self) -> Counts:
-        """How much was recorded so far."""
-        return read_counts(self._machine)
+        """How much was recorded so far; also by a machine that is gone, with its folder."""
+        return _counts(self._control)
 
     def _renew(self) -> None:
         self._control["lease"] = time.monotonic_ns() + int(LEASE * 1e9)

@@ -48,6 +48,7 @@ def provenance(transport: str = "msi", *, kvm: bool = False, **changes: Any) -> 
         "linux_series": "9c0e51d6a7f2438b",
         "host": "AMD EPYC 7B13, Linux 6.18.44",
         "machine": "5d1b2c90",
+        "memory": 512,
         "transport": transport,
         "smp": 4,
         "queues": 4,
