@@ -254,6 +254,7 @@ class Script:
     deadline: float  # seconds for ``run``
     qemu_options: tuple[str, ...]
     prepare: Callable[[Path], None]  # given the machine's folder, before it is started
+    started: Callable[[Machine], None]  # given the machine, which has begun to boot
 
 
 def run_script(
@@ -438,6 +439,7 @@ def _follow(
         machine._qmp = qmp
         undo.callback(machine.ssh.close)
         if script:
+            script.started(machine)
             boot.follow_console(SCRIPT_STAGES)
             boot.follow_console([Stage("script", SCRIPT_ENDED, script.deadline / scale)])
 

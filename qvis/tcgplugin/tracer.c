@@ -10,8 +10,8 @@
  * of that, each is counted by itself, at three times the cost.
  *
  * It is loaded with every machine and sleeps: two callbacks that look at a flag
- * when a vCPU touches a device or takes an interrupt. Translated code is
- * instrumented, and translated anew, only while a recording runs.
+ * when a vCPU touches a device or takes an interrupt, and an empty one. Translated
+ * code is instrumented, and translated anew, only while a recording runs.
  *
  * Each vCPU writes to a file of its own, by way of a mapping that grows by a
  * segment at a time. Nothing has to be flushed, so whatever happens to QEMU
@@ -395,10 +395,22 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 	}
 }
 
+/*
+ * For QEMU's sake. A translation that ends early, since its code is on a page that
+ * is not there, leaves tcg_ctx->plugin_insn behind, and the next one clears it only
+ * if there is a callback like this. If there is none any more, it gets operations
+ * that nobody replaces, and QEMU crashes (plugin_gen_tb_start() in
+ * accel/tcg/plugin-gen.c, QEMU 10.2).
+ */
+static void on_translation_unrecorded(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+{
+}
+
 static void register_callbacks(void)
 {
+	qemu_plugin_register_vcpu_tb_trans_cb(plugin_id, recording ? on_translation :
+								     on_translation_unrecorded);
 	if (recording) {
-		qemu_plugin_register_vcpu_tb_trans_cb(plugin_id, on_translation);
 #ifdef QVIS_HAVE_CUT_CALLBACK
 		qemu_plugin_register_vcpu_tb_cut_cb(plugin_id, on_cut);
 #endif

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import os
 import platform
 import re
 import shutil
@@ -16,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..build import build_all
-from ..build.cache import space_checked
-from ..errors import GuestError, LostMachineError, QvisError, UsageError
+from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
 from ..folder import CONSOLE_LOG
 from ..machine.machine import Machine, Script, run_script
 from ..machine.ssh import Completed
@@ -28,12 +29,12 @@ from .guest import INTERRUPTS, irqs, kernel_moved
 from .model import Clock
 from .sources import (
     READERS,
+    CountsReader,
     Source,
     TcgSource,
     open_source,
     prepare,
     qemu_options,
-    read_counts,
     save_counts,
 )
 from .store import EVENTS, RAW, Manifest, Provenance, Trace
@@ -52,6 +53,8 @@ __all__ = [
 COMMAND_DEADLINE = 600.0  # seconds
 STATUS = "qvis-status: "  # what the guest's init prints before a command's exit status
 NOT_ENDED = "the recording did not end in order"
+RESERVE = ".reserve"  # room for the manifest and the counts, should the disk fill up meanwhile
+RESERVE_SIZE = 1 << 18  # bytes
 HOST_SALT = b"qvis"  # machine-id(5) asks not to show it as it is
 
 
@@ -120,6 +123,7 @@ def recording(
         raise
     finally:
         seconds = time.monotonic() - begin
+        (output / RESERVE).unlink(missing_ok=True)
         partial += source.stop()
         manifest = dataclasses.replace(
             trace.manifest, status=session.status, seconds=seconds, partial=tuple(partial)
@@ -130,9 +134,7 @@ def recording(
             now = irqs(said, manifest.regions)
             known = {irq.irq: irq for irq in (*manifest.irqs, *now)}
             manifest = dataclasses.replace(manifest, irqs=tuple(known.values()))
-        trace = Trace(output, manifest)
-        trace.write_manifest()
-        session.trace = attribute_trace(trace)
+        session.trace = _finish(Trace(output, manifest))
 
 
 def record_boot(
@@ -143,47 +145,85 @@ def record_boot(
     Its init runs the shell text ``command``, and nothing reaches it from outside,
     so with ``icount`` each such recording has the same events. ``machine`` are
     the arguments of :func:`qvis.up`. Returns the trace and the command's exit
-    status. Raises what :func:`qvis.up` does; the trace, if there is one by then,
-    stays and is marked partial.
+    status. Raises what :func:`qvis.up` does; what was recorded by then stays and
+    is marked partial.
     """
     symbols = Symbols.read(build_all().linux.vmlinux)
     raw = _make(output)
+    begun: list[tuple[Trace, CountsReader]] = []
+
+    def started(guest: Machine) -> None:
+        # What is mapped where changes while a guest sets up PCI; it is asked for again.
+        manifest = Manifest(
+            provenance=provenance(guest, TcgSource.reader, TcgSource.clock),
+            machine=guest.name,
+            command=None,
+            status=None,
+            started=time.time(),
+            seconds=0.0,
+            partial=(NOT_ENDED,),
+            regions=tuple(regions(guest.qmp)),
+        )
+        begun.append((Trace(output, manifest), CountsReader(guest.folder.path)))
+        begun[0][0].write_manifest()
+
     script = Script(
         run=command + "\n",
         report=INTERRUPTS + "\n",
         deadline=deadline,
         qemu_options=qemu_options(raw),
         prepare=lambda folder: prepare(folder, raw, symbols),
+        started=started,
     )
-    started = time.time()
+    begin = time.monotonic()
     try:
         with run_script(script, **machine) as guest:
             mapped = regions(guest.qmp)
-            counts = read_counts(guest.folder.path)
             console = (guest.folder / CONSOLE_LOG).read_text(errors="replace")
-            source = TcgSource.reader, TcgSource.clock
-            from_machine = provenance(guest, *source)
-            name, seconds = guest.name, sum(guest.info["boot"]["stages"].values())
-    except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
+    except BaseException as problem:
+        if not begun:
+            shutil.rmtree(output, ignore_errors=True)
+            raise
+        trace, counts = begun[0]
+        partial = [f"the boot did not end: {problem}", *save_counts(raw, counts())]
+        manifest = dataclasses.replace(
+            trace.manifest, seconds=time.monotonic() - begin, partial=tuple(partial)
+        )
+        _finish(Trace(output, manifest))
+        if isinstance(problem, QvisError):
+            problem.log = output
         raise
-    partial = save_counts(raw, counts)
+    trace, counts = begun[0]
+    partial = save_counts(raw, counts())
     said = console.rpartition(STATUS)[2]
-    status = int(said.split()[0])
-    manifest = Manifest(
-        provenance=from_machine,
-        machine=name,
-        command=None,
+    words = said.split()
+    status = int(words[0]) if words and words[0].isdigit() else None
+    if status is None:
+        partial.append("the guest did not say with what its command ended")
+    manifest = dataclasses.replace(
+        trace.manifest,
         status=status,
-        started=started,
-        seconds=seconds,
+        seconds=time.monotonic() - begin,
         partial=tuple(partial),
         regions=tuple(mapped),
         irqs=tuple(irqs(said, mapped)),
     )
-    trace = Trace(output, manifest)
+    return _finish(Trace(output, manifest)), GuestError.exit_code if status is None else status
+
+
+def _finish(trace: Trace) -> Trace:
+    """Write the manifest and attribute; on a full disk the first only, and say so."""
+    (trace.path / RESERVE).unlink(missing_ok=True)
     trace.write_manifest()
-    return attribute_trace(trace), status
+    try:
+        return attribute_trace(trace)
+    except InfraError as problem:
+        manifest = trace.manifest
+        partial = (*manifest.partial, f"events are not attributed: {problem.message}")
+        trace = Trace(trace.path, dataclasses.replace(manifest, partial=partial))
+        with contextlib.suppress(OSError):
+            trace.write_manifest()
+        return trace
 
 
 def attribute_trace(trace: Trace) -> Trace:
@@ -199,7 +239,7 @@ def attribute_trace(trace: Trace) -> Trace:
     unfinished = trace.path / f".{EVENTS}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     count = 0
-    with step("attribute events") as shown, space_checked():
+    with step("attribute events") as shown, _space(trace.path):
         unfinished.mkdir()
         try:
             reading = READERS[manifest.provenance.reader](raw)
@@ -222,7 +262,7 @@ def attribute_trace(trace: Trace) -> Trace:
             partial=tuple(dict.fromkeys([*manifest.partial, *reading.partial])),
         ),
     )
-    with space_checked():
+    with _space(trace.path):
         done.write_manifest()
     return done
 
@@ -236,8 +276,23 @@ def _make(output: Path) -> Path:
     except OSError as problem:
         raise UsageError(f"cannot make {output}: {problem.strerror}") from problem
     raw = output.absolute() / RAW
-    raw.mkdir()
+    with _space(output):
+        raw.mkdir()
+        (output / RESERVE).write_bytes(os.urandom(RESERVE_SIZE))  # zeros might take no room
     return raw
+
+
+@contextlib.contextmanager
+def _space(place: Path) -> Iterator[None]:
+    """Say whose disk is full."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(problem):
+            raise
+        raise InfraError(
+            f"no space left for {place}: free some, and `qvis trace attribute {place}`"
+        ) from problem
 
 
 def _manifest(machine: Machine, source: Source, command: str) -> Manifest:

@@ -17,16 +17,17 @@ from typing import Protocol
 
 import polars as pl
 
-from ..build.cache import space_checked
 from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
 from ..folder import TRACE_CONTROL
 from ..machine.machine import Machine
-from . import kvm, simpletrace, tcg, tracefs
+from . import kvm, qemu_events, simpletrace, tcg, tracefs
 from .model import Clock
 from .symbols import FIRST_VECTOR, Symbols
+from .tcg import CountsReader
 
 __all__ = [
     "READERS",
+    "CountsReader",
     "Reading",
     "Source",
     "TcgSource",
@@ -34,7 +35,6 @@ __all__ = [
     "open_source",
     "prepare",
     "qemu_options",
-    "read_counts",
     "save_counts",
 ]
 
@@ -96,15 +96,16 @@ class TcgSource:
         tcg.write_layout(raw, symbols, functions, moved)
 
     def start(self) -> None:
-        # Quoted as QEMU's monitor reads it (get_str() in monitor/hmp.c).
-        path = str(self._raw / QEMU_TRACE).replace("\\", "\\\\").replace('"', '\\"')
-        self._machine.qmp.monitor(f'trace-file set "{path}"')
-        self._qemu_events(True)
+        self._recorder.claim()
+        self._watch = qemu_events.Watch(self._machine.name)
         try:
+            qemu_events.start(self._machine.qmp, self._raw / QEMU_TRACE)
             self._recorder.start(self._nudge)
         except BaseException:
             with contextlib.suppress(QvisError):
-                self._qemu_events(False)
+                qemu_events.quiet(self._machine.qmp)
+            self._watch.end()
+            self._recorder.release()
             raise
 
     def stop(self) -> list[str]:
@@ -112,20 +113,13 @@ class TcgSource:
         try:
             if not self._recorder.stop(self._nudge):
                 partial.append("the tracer had no sign of life from qvis for too long, and stopped")
-            self._qemu_events(False)
+            qemu_events.quiet(self._machine.qmp)
         except LostMachineError as problem:
             partial.append(f"the machine died: {problem.message}")
         except QvisError as problem:
             partial.append(f"the tracer could not be stopped in order: {problem.message}")
+        self._watch.end()
         return partial + save_counts(self._raw, self._recorder.counts())
-
-    def _qemu_events(self, enable: bool) -> None:
-        qmp = self._machine.qmp
-        for name in simpletrace.EVENTS:
-            qmp("trace-event-set-state", name=name, enable=enable)
-        qmp.monitor("trace-file on" if enable else "trace-file flush")
-        if not enable:
-            qmp.monitor("trace-file off")
 
     def _nudge(self) -> None:
         """An SSH packet is an interrupt, whether or not it is answered."""
@@ -143,14 +137,9 @@ def prepare(folder: Path, raw: Path, symbols: Symbols) -> None:
 
 def qemu_options(raw: Path) -> tuple[str, ...]:
     """The same for QEMU's own trace events."""
-    enabled = [option for name in simpletrace.EVENTS for option in ("-trace", f"enable={name}")]
+    enabled = [option for name in qemu_events.EVENTS for option in ("-trace", f"enable={name}")]
     path = str(raw / QEMU_TRACE).replace(",", ",,")  # a comma would end it
     return (*enabled, "-trace", f"file={path}")
-
-
-def read_counts(folder: Path) -> tcg.Counts:
-    """What the tracer of a machine has counted so far."""
-    return tcg.read_counts(folder)
 
 
 def save_counts(raw: Path, counts: tcg.Counts) -> list[str]:
@@ -160,10 +149,13 @@ def save_counts(raw: Path, counts: tcg.Counts) -> list[str]:
         partial.append(f"the tracer could not write: {os.strerror(counts.error)}")
     if dropped := sum(counts.dropped):
         partial.append(f"{dropped} events were dropped, since there was no room for them")
-    with space_checked():
-        (raw / COUNTS).write_text(
-            json.dumps({"recorded": counts.recorded, "dropped": counts.dropped})
-        )
+    said = json.dumps({"recorded": counts.recorded, "dropped": counts.dropped})
+    try:
+        temporary = raw / f"{COUNTS}.new"
+        temporary.write_text(said)
+        temporary.rename(raw / COUNTS)
+    except OSError as problem:
+        partial.append(f"the tracer's own counts could not be kept: {problem.strerror}")
     return partial
 
 

@@ -25,7 +25,7 @@ from ..folder import TRACE_CONTROL
 from .model import SCHEMA, Kind, Space
 from .symbols import FIRST_VECTOR, Symbols
 
-__all__ = ["Counts", "Recorder", "frames", "read_counts", "write_layout", "write_request"]
+__all__ = ["Counts", "CountsReader", "Recorder", "frames", "write_layout", "write_request"]
 
 LAYOUT = "layout.json"  # in a trace's raw folder: what the records do not say themselves
 MAGIC = 0x4352545349565100
@@ -37,6 +37,7 @@ IDLE, RECORDING = 0, 1
 SEES_ACCESSES, SEES_PORTS, SEES_INTERRUPTS = 1, 2, 4
 STORE, PORT = 1, 2
 HEADER, ACCESS, INTERRUPT, FUNCTION = range(4)
+LAST_TIME = 2**63 - 1
 
 ANSWER_DEADLINE = 20.0  # seconds; on an idle guest it takes one interrupt
 NUDGE = 0.2  # seconds after which a vCPU that does nothing is given something to do
@@ -108,9 +109,14 @@ def write_request(machine: Path, raw: Path, functions: Sequence[int]) -> None:
     control["want"] = RECORDING
 
 
-def read_counts(machine: Path) -> Counts:
-    """How much the plugin has recorded; also that of a machine that has died."""
-    return _counts(_map(machine)[0])
+class CountsReader:
+    """Calls give what a machine's plugin has recorded so far; also when its folder is gone."""
+
+    def __init__(self, machine: Path) -> None:
+        self._control = _map(machine)[0]
+
+    def __call__(self) -> Counts:
+        return _counts(self._control)
 
 
 def _counts(control: Any) -> Counts:
@@ -131,12 +137,13 @@ class Recorder:
         """Record into the folder ``raw``; ``functions`` are addresses to be told of.
 
         Raises :class:`InfraError` when the machine was started without the
-        plugin, or has one of another version, and :class:`UsageError` when
-        somebody records it already.
+        plugin, or has one of another version.
         """
+        self._machine = machine
+        self._raw = raw
+        self._functions = functions
         try:
             self._control = _map(machine)[0]
-            self._lock = (machine / TRACE_CONTROL).open("rb")
         except (OSError, ValueError) as problem:
             raise InfraError(
                 "this machine was started without the tracer: end it and start it again",
@@ -148,16 +155,6 @@ class Recorder:
                 "again",
                 stage="trace",
             )
-        try:
-            # Dropped by the kernel, however we end.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            self._lock.close()
-            raise UsageError(
-                f"machine {machine.name!r} is being recorded already: end that first, since it "
-                "has one tracer"
-            ) from problem
-        _fill(self._control, raw, functions)
         self._stopped = threading.Event()
         self._renewer = threading.Thread(target=self._keep_renewing, daemon=True)
 
@@ -171,7 +168,10 @@ class Recorder:
         return [what for bit, what in lacks.items() if not int(self._control["sees"]) & bit]
 
     def start(self, nudge: Callable[[], None]) -> None:
-        """Begin; ``nudge`` makes the guest do something. :class:`InfraError` without an answer."""
+        """Begin, after :meth:`claim`; ``nudge`` makes the guest do something.
+
+        Raises :class:`InfraError` without an answer.
+        """
         self._renew()
         self._renewer.start()
         try:
@@ -179,6 +179,24 @@ class Recorder:
         except BaseException:
             self._end()
             raise
+
+    def claim(self) -> None:
+        """Have the tracer for us alone; :class:`UsageError` when somebody else has it."""
+        self._lock = (self._machine / TRACE_CONTROL).open("rb")
+        try:
+            # Dropped by the kernel, however we end.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            self._lock.close()
+            raise UsageError(
+                f"machine {self._machine.name!r} is being recorded already: end that first, since "
+                "it has one tracer"
+            ) from problem
+        _fill(self._control, self._raw, self._functions)
+
+    def release(self) -> None:
+        """Give it back without having started."""
+        self._lock.close()
 
     def stop(self, nudge: Callable[[], None]) -> bool:
         """End the recording; the files are whole then.
@@ -278,8 +296,12 @@ class _Layout:
 class _File:
     """One vCPU's records, read in pieces."""
 
-    def __init__(self, path: Path, limit: int | None) -> None:
+    def __init__(self, path: Path, limit: int | None, partial: list[str]) -> None:
         """``limit`` is how many there are, where that is known."""
+        self._name = path.name
+        self._partial = partial
+        self._good = 0
+        self._last = 0
         size = path.stat().st_size
         self.torn = size % RECORD_TYPE.itemsize
         self._left = size // RECORD_TYPE.itemsize
@@ -319,10 +341,31 @@ class _File:
                 records, self._left = records[: unwritten[0]], 0
         return records
 
+    def _take_events(self, count: int) -> Records:
+        """The next records, up to the first that can be none: time never goes back."""
+        events = self._take(count)
+        time = events["time"]
+        before = np.concatenate([np.array([self._last], dtype=np.uint64), time[:-1]])
+        wrong = (time < before) | (time > LAST_TIME)
+        wrong |= (events["kind"] < ACCESS) | (events["kind"] > FUNCTION)
+        if wrong.any():
+            good = int(np.argmax(wrong))
+            self._partial.append(
+                f"{self._name} is damaged after {self._good + good} events: what follows is left "
+                "out"
+            )
+            events, self._left = events[:good], 0
+        if len(events):
+            self._good += len(events)
+            self._last = int(events["time"][-1])
+        return events
+
     def fill(self, count: int) -> None:
         """Have ``count`` records at hand, if there are as many."""
         if len(self.pending) < count and self._left:
-            self.pending = np.concatenate([self.pending, self._take(count - len(self.pending))])
+            self.pending = np.concatenate(
+                [self.pending, self._take_events(count - len(self.pending))]
+            )
 
     @property
     def ended(self) -> bool:
@@ -352,7 +395,7 @@ def frames(raw: Path, recorded: Sequence[int] | None, partial: list[str]) -> Ite
         expected = dict(enumerate(recorded or ()))
         for path in sorted(raw.glob("vcpu-[0-9]*.bin")):
             count = expected.pop(int(path.stem.split("-")[1]), 0)
-            file = _File(path, None if recorded is None else count)
+            file = _File(path, None if recorded is None else count, partial)
             files.append(file)
             if file.missing:
                 partial.append(f"{path.name} is cut short: {file.missing} events are missing")

@@ -315,7 +315,7 @@ def test_lapic_by_memory_and_by_msr(offset: int, write: bool, register: str, cau
 
 def test_other_msrs() -> None:
     rows = Rows()
-    for number in (0x6E0, 0x4B564D01, 0x10):
+    for number in (0x6E0, 0x4B564D01, 0x8B):
         rows.write(number, 0, space=Space.MSR)
     found = rows.attributed()
     assert cells(found, "register", "cause") == [
