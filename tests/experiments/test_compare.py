@@ -8,13 +8,20 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
 
-from qvis import Transport, UsageError
-from qvis.experiments.compare import OPERATIONS, RESULT, compare
+from qvis import InfraError, Transport, UsageError
+from qvis.experiments.compare import OPERATIONS, RESULT, Target, compare
 from qvis.experiments.result import Result
+from qvis.trace.attribution import attribute
+from qvis.trace.kvm import Reader
+from qvis.trace.model import SCHEMA, Cause, Kind
 from qvis.trace.stats import Stats
-from qvis.trace.store import Trace
+from qvis.trace.store import Manifest, Trace
+from tests.trace.recordings import unpack
+from tests.trace.synthetic import provenance
+from tests.trace.test_kvm_attribution import regions
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -110,3 +117,40 @@ def test_nonsense_is_refused_before_anything_boots(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
     with pytest.raises(UsageError, match="there already"):
         compare(tmp_path, [Transport.MSI], ["mask"], 1, **machine)
+
+
+@pytest.mark.parametrize(("name", "status"), [("line", 2.0), ("msi", 0.0)])
+def test_on_kvm_interrupts_are_found_by_their_vector(
+    tmp_path: Path, name: str, status: float
+) -> None:
+    """A real KVM's tracepoints do not know Linux's numbers, and IOAPICs are not in them."""
+    requests = {"line": 60, "msi": 200}[name]
+    raw = unpack(name, tmp_path)
+    where = provenance("intx" if name == "line" else "msi", kvm=True)
+    frames = list(
+        attribute(Reader(raw).frames(), Manifest(where, "vm", "", 0, 0.0, 0.0, regions=regions()))
+    )
+    events = pl.concat(frames)
+    disk = events.filter(pl.col("cause") == Cause.NOTIFY)["device"].drop_nulls().mode()[0]
+    rename = pl.when(pl.col("device").cast(pl.String) == disk).then(pl.lit("blk0"))
+    events = events.with_columns(
+        rename.otherwise(pl.col("device").cast(pl.String)).cast(SCHEMA["device"]).alias("device")
+    )
+    manifest = Manifest(where, "vm", "", 0, 0.0, 0.0, events=len(events), regions=regions())
+    trace = Trace(tmp_path / "t", manifest)
+    (trace.path / "events").mkdir(parents=True)
+    events.write_parquet(trace.path / "events" / "part-000000.parquet")
+    vector, vcpu = (
+        events.filter(pl.col("kind") == Kind.DELIVER, pl.col("vector") < 0xEC)  # no timer's
+        .group_by("vector", "vcpu").len().sort("len", descending=True)
+        .select("vector", "vcpu").row(0)
+    )  # fmt: skip
+    target = Target(irq=57, vector=vector, device="virtio0", cpu=vcpu, cpus=2)
+    found = OPERATIONS["interrupt"].measure(trace, target, requests)
+    assert found["device accesses per interrupt"] == pytest.approx(status, abs=0.1)
+    # TMR and EOI for a level; for edges the guest has KVM's paravirtual EOI.
+    assert found["local APIC accesses per interrupt"] == pytest.approx(status, abs=0.1)
+    assert "IOAPIC EOIs per interrupt" not in found
+    other = Target(irq=57, vector=255, device="virtio0", cpu=vcpu, cpus=2)
+    with pytest.raises(InfraError, match="interrupts the trace has 0"):
+        OPERATIONS["interrupt"].measure(trace, other, requests)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,11 +91,11 @@ def seen_by_both(vm: Machine, folder: Path, work: Callable[[], object]) -> tuple
         try:
             for name in MMIO_EVENTS:
                 vm.qmp("trace-event-set-state", name=name, enable=True)
-            before = tcg.read_counts(vm.folder.path)
+            before = tcg.CountsReader(vm.folder.path)()
             vm.qmp("cont")
             work()
             vm.qmp("stop")
-            after = tcg.read_counts(vm.folder.path)
+            after = tcg.CountsReader(vm.folder.path)()
         finally:
             for name in MMIO_EVENTS:
                 vm.qmp("trace-event-set-state", name=name, enable=False)
@@ -621,15 +622,22 @@ def test_full_disk(guest: Machine, tmp_path: Path) -> None:
 
 
 def test_disk_without_any_room(guest: Machine, tmp_path: Path) -> None:
-    """Not even for what says what was lost: one clear error, and no harm done."""
+    """The trace says so, and can be read where there is room."""
     with small_disk(tmp_path / "small", "1M") as disk:
-        with pytest.raises(qvis.InfraError, match="the disk is full"), recording(guest, disk / "t"):
+        with recording(guest, disk / "t") as session:
             with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
                 while True:
                     filler.write(bytes(4096))
                     filler.flush()
             guest.ssh.run("qvis-load /dev/vda 1 10")
-        assert Trace.open(disk / "t").manifest.partial == ("the recording did not end in order",)
+        kept = Trace.open(disk / "t")
+        assert kept == session.trace
+        reasons = kept.manifest.partial
+        assert any("could not write: No space left on device" in reason for reason in reasons)
+        shutil.copytree(disk / "t", tmp_path / "copy")
+    again = attribute_trace(Trace.open(tmp_path / "copy"))
+    assert again.manifest.lost >= 10
+    assert again.events().select(pl.len()).collect().item() == again.manifest.events
     assert record(guest, tmp_path / "u", "true")[0].manifest.partial == ()
 
 
@@ -688,3 +696,31 @@ def test_machine_that_moves_away(boot: Callable[..., Machine], tmp_path: Path) -
         assert len(devices(trace).filter(kind="deliver", device="blk0")) == 20
     finally:
         target.down()
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("sleep 1000", "no sign of 'qvis-stage: done'"),
+        ("echo c > /proc/sysrq-trigger", "the guest panicked: sysrq triggered crash"),
+    ],
+)
+def test_boot_that_does_not_end_is_kept(tmp_path: Path, command: str, reason: str) -> None:
+    with pytest.raises(qvis.BootError, match=reason) as caught:
+        record_boot(tmp_path / "t", command, backend="tcg", smp=1, queues=1, deadline=3)
+    assert caught.value.log == tmp_path / "t"
+    trace = Trace.open(tmp_path / "t")
+    assert any(reason in why for why in trace.manifest.partial)
+    assert trace.events().filter(pl.col("register") == "MagicValue").collect().height > 0
+
+
+def test_events_that_are_not_there_are_not_taken_for_none(guest: Machine, tmp_path: Path) -> None:
+    trace, _ = record(guest, tmp_path / "t", "true")
+    for part in (tmp_path / "t" / "events").iterdir():
+        part.unlink()
+    with pytest.raises(qvis.UsageError, match="0 of its"):
+        trace.events()
+    (tmp_path / "t" / "events").rmdir()
+    with pytest.raises(qvis.UsageError, match="qvis trace attribute"):
+        trace.events()
+    assert attribute_trace(trace).events().collect().height == trace.manifest.events

@@ -334,3 +334,27 @@ def test_files_are_closed(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         read(raw)
     assert not [path for path in open_files() if path.startswith(str(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        access(2**63 + 5, 0xFEB00050, 0),  # no clock shows that
+        access(150, 0xFEB00050, 0),  # time went back
+        (450, 0, 0, 0, 9, 0, 0),  # no kind has that number
+    ],
+    ids=["far", "back", "kind"],
+)
+@pytest.mark.parametrize("chunk", [1 << 18, 1])
+def test_what_cannot_be_an_event_ends_its_file(
+    tmp_path: Path, wrong: Event, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcg, "CHUNK", chunk)
+    good = [access(100 * n, 0xFEB00050, n) for n in range(1, 5)]
+    raw = write(
+        tmp_path / "raw",
+        {0: [*good, wrong, access(900, 0xFEB00050, 9)], 1: [access(950, 0xFEB00060, 1)]},
+    )
+    found, reading = read(raw)
+    assert found["time"].to_list() == [100, 200, 300, 400, 950]
+    assert reading.partial == ["vcpu-0000.bin is damaged after 4 events: what follows is left out"]
