@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -51,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
         if args.output is None and args.html:
             raise UsageError("where is the report of these results to go? name it with -o")
         files = [path / RESULT if path.is_dir() else path for path in args.results]
-        result = merge([Result.load(file) for file in files])
         folder = args.output
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+        here = folder or Path()
+        result = merge([_moved(Result.load(file), file.parent, here) for file in files])
     else:
         folder = args.output or _free()
         result = compare(
@@ -77,6 +80,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _moved(result: Result, folder: Path, here: Path) -> Result:
+    """The result of ``folder`` with the places of its traces as they are seen from ``here``."""
+    seen = [
+        dataclasses.replace(e, trace=os.path.relpath(folder / e.trace, here))
+        for e in result.evidence
+    ]
+    return dataclasses.replace(result, evidence=tuple(seen))
+
+
 def _print(result: Result) -> None:
     for transport in result.transports:
         print(result.provenance[transport].line())
@@ -97,10 +109,10 @@ def _print(result: Result) -> None:
     pairs = [pair for pair in result.compare_pairs() if pair.difference]
     if pairs:
         print_table(
-            ["", "", "difference", "p", "effect"],
+            ["", "", "difference", "p", "at least", "effect"],
             [
                 [pair.metric, f"{pair.b} - {pair.a}", f"{pair.difference:+.4g}",
-                 f"{pair.p:.3g}", f"{pair.delta:+.2f} ({pair.effect})"]
+                 f"{pair.p:.3g}", f"{pair.least_p:.3g}", f"{pair.delta:+.2f} ({pair.effect})"]
                 for pair in pairs
             ],
         )  # fmt: skip

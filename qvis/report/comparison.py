@@ -111,7 +111,10 @@ def _head(result: Result, title: str) -> Html:
             "registers. Counts hold; times say nothing about hardware.",
             class_="note",
         )
-    order = h("p", f"Runs, interleaved: {', '.join(runs)}.", class_="lead")
+    # Runs of one transport after the other may differ in more than the transport.
+    turns = len(list(groupby(result.order)))
+    how = "Runs, interleaved" if turns > len(set(result.order)) else "Runs"
+    order = h("p", f"{how}: {', '.join(runs)}.", class_="lead")
     over = h("p", f"Comparison of {', '.join(result.transports)}", class_="over")
     return h("header", over, h("h1", title), order, note)
 

@@ -24,7 +24,6 @@
 enum qvis_state {
 	QVIS_IDLE,
 	QVIS_RECORDING,
-	QVIS_FAILED, /* to make a file: see error */
 };
 
 struct qvis_vcpu_counts {

@@ -52,7 +52,7 @@ struct vcpu {
 	int fd; /* plus one: 0 is none */
 	bool full; /* no room for another segment */
 	struct qemu_plugin_register *argument;
-} __attribute__((aligned(64))); /* no two vCPUs write to one cache line */
+};
 
 static struct qvis_control *control;
 static struct qemu_plugin_scoreboard *vcpus;
@@ -106,7 +106,9 @@ static bool grow(struct vcpu *vcpu, unsigned int index)
 		vcpu->fd = fd + 1;
 	}
 	/* A hole that no block can be found for would kill QEMU with SIGBUS. */
-	error = posix_fallocate(vcpu->fd - 1, at, SEGMENT_BYTES);
+	do
+		error = posix_fallocate(vcpu->fd - 1, at, SEGMENT_BYTES);
+	while (error == EINTR);
 	if (error) {
 		failed(error);
 		return false;
@@ -141,8 +143,11 @@ static void record(unsigned int index, enum qvis_kind kind, unsigned int size, u
 	struct timespec now;
 	uint64_t time, lease = __atomic_load_n(&control->lease, __ATOMIC_RELAXED);
 
-	if (index >= QVIS_MAX_VCPUS)
+	if (index >= QVIS_MAX_VCPUS) { /* more than any machine of qvis's, but never silently */
+		__atomic_fetch_add(&control->vcpus[QVIS_MAX_VCPUS - 1].dropped, 1,
+				   __ATOMIC_RELAXED);
 		return;
+	}
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	time = now.tv_sec * 1000000000ull + now.tv_nsec;
 	if (G_UNLIKELY(lease && time > lease)) {

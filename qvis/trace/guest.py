@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..errors import UsageError
+from ..errors import GuestError, UsageError
 from ..guest.interrupts import Shell
 from .model import Space
 from .store import Irq, Region
@@ -32,7 +32,8 @@ DEVICE = re.compile(r"^= (virtio\d+) (\S+)\s*$((?:\s^0x.*$)*)", re.MULTILINE)
 def kernel_moved(shell: Shell, symbols: Symbols) -> int:
     """How many bytes from where it was linked to the guest's kernel runs (KASLR).
 
-    Raises :class:`UsageError` when the symbols are another kernel's.
+    Raises :class:`UsageError` when the symbols are another kernel's, and
+    :class:`GuestError` when the guest does not tell.
     """
     notes, _, place = shell.run(KERNEL).stdout.partition("\n")
     running = BUILD_ID.search(notes)
@@ -42,7 +43,13 @@ def kernel_moved(shell: Shell, symbols: Symbols) -> int:
             f"the guest has {running[1][:12]}..."
         )
     loaded = int(place.split()[0], 16) if place else 0
-    return loaded - symbols.addresses[TEXT] if loaded else 0  # 0: kptr_restrict hides it
+    if not loaded:
+        raise GuestError(
+            "the guest does not tell where its kernel is (kptr_restrict, or no kallsyms): without "
+            "that no interrupt can be told from another",
+            stage="trace",
+        )
+    return loaded - symbols.addresses[TEXT]
 
 
 def irqs(text: str, regions: Iterable[Region]) -> list[Irq]:
