@@ -192,7 +192,11 @@ class Recorder:
                 f"machine {self._machine.name!r} is being recorded already: end that first, since "
                 "it has one tracer"
             ) from problem
-        _fill(self._control, self._raw, self._functions)
+        try:
+            _fill(self._control, self._raw, self._functions)
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give it back without having started."""
