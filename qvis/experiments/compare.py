@@ -304,7 +304,7 @@ def _rows(trace: Trace, target: Target) -> Iterable[Row]:
     for kind, device, register, write, cause, count in rows.iter_rows():
         direction = "" if write is None else "write" if write else "read"
         seen = "end of interrupt" if kind == Kind.EOI else register
-        yield Row(device, seen, direction, Cause(cause), count)
+        yield Row(device, seen, direction, Cause(cause), count, kind != Kind.EOI)
 
 
 def _mask_command(target: Target, count: int) -> str:

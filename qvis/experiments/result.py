@@ -48,6 +48,7 @@ class Row:
     direction: str  # "read", "write", or "" where that is not known
     cause: Cause
     count: int
+    touched: bool = True  # False: an end that an interrupt controller saw, with no touch of its own
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def _causes(result: Result, op: str) -> Html:
         for evidence in result.evidence:
             if (evidence.op, evidence.transport) == (op, transport):
                 operations += evidence.operations
-                for row in evidence.rows:
+                for row in filter(lambda row: row.touched, evidence.rows):
                     counts[row.cause] = counts.get(row.cause, 0) + row.count
         if operations:
             segments = [

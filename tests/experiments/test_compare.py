@@ -75,6 +75,8 @@ def test_the_evidence_is_the_numbers(measured: tuple[Path, Result]) -> None:
         touched = sum(row.count for row in evidence.rows)
         assert touched <= trace.manifest.events
         if evidence.op == "interrupt":
+            ends = [row.count for row in evidence.rows if not row.touched]
+            assert ends == ([evidence.operations] if evidence.transport == "intx" else [])
             acks = [row.count for row in evidence.rows if row.register == "InterruptACK"]
             assert acks == ([evidence.operations] if evidence.transport == "intx" else [])
 
