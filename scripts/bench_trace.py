@@ -31,7 +31,8 @@ from qvis.folder import CONSOLE_LOG, INITRD
 from qvis.machine.machine import Machine
 from qvis.spec import MachineSpec
 from qvis.trace.record import attribute_trace, record, record_boot
-from qvis.trace.sources import COUNTS, TcgSource
+from qvis.trace.simpletrace import HEADER, MAPPING, NAME, RECORD, TYPE_SIZE
+from qvis.trace.sources import COUNTS, QEMU_TRACE, TcgSource
 from qvis.trace.store import RAW, Trace
 from qvis.trace.symbols import Symbols
 from qvis.trace.tcg import RECORD_TYPE
@@ -219,9 +220,35 @@ def repeat(trace: Trace, place: Path, events: int) -> int:
             for _ in range(times):
                 records[1:].tofile(out)
                 records["time"][1:] += span
+    repeat_qemu(trace.path / RAW / QEMU_TRACE, raw / QEMU_TRACE, times, span)
     counts = {name: [count * times for count in values] for name, values in counts.items()}
     (raw / COUNTS).write_text(json.dumps(counts))
     return sum(file.stat().st_size for file in raw.iterdir())
+
+
+def repeat_qemu(source: Path, target: Path, times: int, span: np.uint64) -> None:
+    """The same of QEMU's own trace events: the names once, and then the events."""
+    data = np.frombuffer(source.read_bytes(), dtype=np.uint8)
+    names, events, at = [data[: HEADER.size]], [], HEADER.size
+    while at < len(data):
+        if data[at] == MAPPING:
+            _, length = NAME.unpack_from(data, at + TYPE_SIZE)
+            end = at + TYPE_SIZE + NAME.size + length
+            names.append(data[at:end])
+        else:
+            _, _, length, _ = RECORD.unpack_from(data, at + TYPE_SIZE)
+            end = at + TYPE_SIZE + length
+            events.append(data[at:end])
+        at = end
+    lengths = np.array([len(event) for event in events])
+    stamps = (np.cumsum(lengths) - lengths + TYPE_SIZE + 8)[:, None] + np.arange(8)
+    block = np.concatenate(events)
+    with target.open("wb") as out:
+        np.concatenate(names).tofile(out)
+        for _ in range(times):
+            block.tofile(out)
+            moved = block[stamps].copy().view("<u8") + span
+            block[stamps] = moved.view(np.uint8)
 
 
 def attribute_one(place: str) -> dict[str, Any]:

@@ -106,6 +106,8 @@ def command_line(
         *("-m", f"{spec.memory}M"),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
+        # QEMU prints each trace event that it records as text as well, to its log.
+        *("-D", "/dev/null"),
         *("-kernel", str(artifacts.linux.image)),
         *("-initrd", INITRD),
         *("-append", f"{KERNEL_COMMAND_LINE} {accelerator.kernel_options}".strip()),

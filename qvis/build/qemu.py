@@ -49,9 +49,9 @@ OPTIONS = (
     "--enable-kvm",
     "--enable-slirp",  # -netdev user, for SSH without privileges
     "--enable-plugins",  # the tracer
-    # Trace events in binary, with a thread that writes them: what QEMU's own part in an
-    # interrupt is read from. Its text backend would print each of them as well.
-    "--enable-trace-backends=simple",
+    # In binary, with a thread that writes them: what QEMU's own part in an interrupt is
+    # read from. As text, as usual: qtests look for events there.
+    "--enable-trace-backends=log,simple",
     "--enable-fdt=system",
     "--enable-vhost-kernel",  # irqfd, and with it interrupts that never see QEMU
     "--enable-vhost-net",

@@ -72,13 +72,13 @@ class Boot:
         self._console = folder / CONSOLE_LOG
         self.times: dict[str, float] = {}
 
-    def follow_console(self, stages: Sequence[Stage] = CONSOLE_STAGES) -> None:
-        """Wait for every one of the stages in turn.
+    def follow_console(self, stages: Sequence[Stage] | None = None) -> None:
+        """Wait for every one of the stages, or of those up to SSH, in turn.
 
         Raises :class:`BootError` for a panic, for a guest that ended, and for a
         stage over its deadline; :class:`InfraError` when QEMU never started.
         """
-        for stage in stages:
+        for stage in CONSOLE_STAGES if stages is None else stages:
             wait = functools.partial(self._wait, stage.marker)
             self.stage(stage.name, stage.deadline * self._scale, wait)
 
