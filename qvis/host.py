@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,12 +24,18 @@ from .paths import cache_dir
 from .process import run
 from .progress import step
 
-__all__ = ["Package", "ensure_packages", "install_command", "missing_packages"]
+__all__ = ["Package", "cpu_model", "ensure_packages", "install_command", "missing_packages"]
 
 UPDATE_DEADLINE = 300.0  # seconds
 INSTALL_DEADLINE = 1200.0  # seconds
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TRIPLET = f"{os.uname().machine}-linux-gnu"
+
+
+def cpu_model() -> str:
+    """What this host's processor calls itself."""
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return model[1] if model else platform.machine()
 
 
 @dataclass(frozen=True)

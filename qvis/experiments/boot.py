@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LostMachineError
+from ..host import cpu_model
 from ..machine.machine import Machine
 
 __all__ = ["BootSample", "host", "sample"]
@@ -53,10 +54,9 @@ def sample(machine: Machine) -> BootSample:
 
 def host() -> dict[str, Any]:
     """The machine that numbers come from."""
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return {
         "cpus": os.cpu_count(),
-        "model": model[1] if model else platform.machine(),
+        "model": cpu_model(),
         "kernel": platform.release(),
         "load_before": os.getloadavg()[0],
         "clock": "host seconds (CLOCK_MONOTONIC)",

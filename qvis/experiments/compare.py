@@ -56,12 +56,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Operation:
-    """Something whose cost is measured: a shell command that does it ``count`` times."""
+    """Something whose cost is measured: a shell command that does it ``count`` times.
+
+    Without a command it is what was done already when the guest answers: its boot.
+    """
 
     name: str
     count: int
-    command: Callable[[Target, int], str]
-    measure: Callable[[Trace, Target, int], dict[str, float]]  # by metric's name
+    command: Callable[[Target, int], str] | None
+    measure: Callable[[Trace, Target, int], dict[str, float]] | None  # by metric's name
     metrics: tuple[tuple[str, str], ...]  # names and units; "clock" is the trace's
     prepare: str = ""  # done first, outside of the trace; may say {device}
 
@@ -158,7 +161,7 @@ def _run(
     state.order.append(transport)
     target = _target(machine)
     for operation in operations:
-        if not operation.command(target, 1):
+        if operation.command is None or operation.measure is None:
             state.add(
                 transport,
                 {
@@ -384,8 +387,8 @@ OPERATIONS = {
         Operation(
             "boot",
             1,
-            lambda target, count: "",
-            lambda trace, target, count: {},
+            None,
+            None,
             (
                 ("boot to SSH", "s"),
                 ("guest memory after boot", "MiB"),

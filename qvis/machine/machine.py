@@ -242,7 +242,12 @@ def up(
     :class:`BootError` with the stage, the guest's last lines and the folder
     with its logs.
     """
-    return _start(*_request(name, transport, backend, smp, memory, queues, icount))
+    return _start(
+        *_request(
+            name=name, transport=transport, backend=backend, smp=smp, memory=memory,
+            queues=queues, icount=icount,
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -257,8 +262,17 @@ class Script:
     started: Callable[[Machine], None]  # given the machine, which has begun to boot
 
 
-def run_script(
-    script: Script,
+def run_script(script: Script, **machine: Any) -> Machine:
+    """Boot a guest that runs ``script`` and shuts down, and return it, stopped, with QMP.
+
+    Nothing from outside reaches it meanwhile, so with ``icount`` it does the
+    same each time, to the instruction. ``machine`` are the arguments of
+    :func:`up`, and the errors are its too.
+    """
+    return _start(*_request(**machine), script=script)
+
+
+def _request(
     *,
     name: str | None = None,
     transport: Transport | str = Transport.MSI,
@@ -267,23 +281,6 @@ def run_script(
     memory: int = 512,
     queues: int = 2,
     icount: bool = False,
-) -> Machine:
-    """Boot a guest that runs ``script`` and shuts down, and return it, stopped, with QMP.
-
-    Nothing from outside reaches it meanwhile, so with ``icount`` it does the
-    same each time, to the instruction. Arguments and errors as of :func:`up`.
-    """
-    return _start(*_request(name, transport, backend, smp, memory, queues, icount), script=script)
-
-
-def _request(
-    name: str | None,
-    transport: Transport | str,
-    backend: str | Backend,
-    smp: int,
-    memory: int,
-    queues: int,
-    icount: bool,
 ) -> tuple[MachineSpec, str | None, Choice]:
     """Say everything that is wrong with a request before any work is done."""
     spec = MachineSpec(

@@ -22,7 +22,7 @@ from ..errors import InfraError, UsageError
 from .model import SCHEMA
 from .store import MANIFEST, Trace
 
-__all__ = ["to_csv", "to_jsonl", "whole_file"]
+__all__ = ["disk_full", "to_csv", "to_jsonl", "whole_file"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -78,17 +78,17 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as problem:
-        if _errno(problem) not in FULL:
+        if not disk_full(problem):
             raise
         raise InfraError(f"no space for {path}: free some, or write elsewhere") from problem
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _errno(problem: OSError) -> int | None:
-    """Of the operating system's refusal; polars has it in the words only."""
+def disk_full(problem: OSError) -> bool:
+    """Whether that is the operating system's reason; polars has it in the words only."""
     said = re.search(r"\(os error (\d+)\)", str(problem))
-    return int(said[1]) if said else problem.errno
+    return (int(said[1]) if said else problem.errno) in FULL
 
 
 def _write_manifest(trace: Trace, path: Path) -> None:

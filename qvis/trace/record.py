@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,11 +18,13 @@ from typing import Any
 from ..build import build_all
 from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
 from ..folder import CONSOLE_LOG
+from ..host import cpu_model
 from ..machine.machine import Machine, Script, run_script
 from ..machine.ssh import Completed
 from ..progress import step
 from .attribution import attribute
 from .devices import regions
+from .export import disk_full
 from .guest import INTERRUPTS, irqs, kernel_moved
 from .model import Clock
 from .sources import (
@@ -288,7 +288,7 @@ def _space(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(problem):
+        if not disk_full(problem):
             raise
         raise InfraError(
             f"no space left for {place}: free some, and `qvis trace attribute {place}`"
@@ -313,7 +313,6 @@ def _manifest(machine: Machine, source: Source, command: str) -> Manifest:
 def provenance(machine: Machine, reader: str, clock: Clock) -> Provenance:
     """Where numbers of ``machine`` come from that ``reader`` reads and ``clock`` counts."""
     facts, spec = machine.info["provenance"], machine.spec
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return Provenance(
         reader=reader,
         clock=clock,
@@ -323,7 +322,7 @@ def provenance(machine: Machine, reader: str, clock: Clock) -> Provenance:
         qemu_series=facts["qemu_series"],
         linux=facts["linux"],
         linux_series=facts["linux_series"],
-        host=f"{model[1] if model else platform.machine()}, Linux {platform.release()}",
+        host=f"{cpu_model()}, Linux {platform.release()}",
         machine=_host_name(),
         transport=str(spec.transport),
         smp=spec.smp,

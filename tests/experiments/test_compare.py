@@ -148,11 +148,13 @@ def test_on_kvm_interrupts_are_found_by_their_vector(
         .select("vector", "vcpu").row(0)
     )  # fmt: skip
     target = Target(irq=57, vector=vector, device="virtio0", cpu=vcpu, cpus=2)
-    found = OPERATIONS["interrupt"].measure(trace, target, requests)
+    measure = OPERATIONS["interrupt"].measure
+    assert measure is not None
+    found = measure(trace, target, requests)
     assert found["device accesses per interrupt"] == pytest.approx(status, abs=0.1)
     # TMR and EOI for a level; for edges the guest has KVM's paravirtual EOI.
     assert found["local APIC accesses per interrupt"] == pytest.approx(status, abs=0.1)
     assert "IOAPIC EOIs per interrupt" not in found
     other = Target(irq=57, vector=255, device="virtio0", cpu=vcpu, cpus=2)
     with pytest.raises(InfraError, match="interrupts the trace has 0"):
-        OPERATIONS["interrupt"].measure(trace, other, requests)
+        measure(trace, other, requests)
