@@ -31,6 +31,7 @@ from typing import Any
 import qvis
 from qvis.experiments.boot import host, sample
 from qvis.paths import patches_dir
+from qvis.transport import COMPARED
 
 SHAPE = ("--smp", "4", "--queues", "4")
 # A patch of the driver or the device, and a comment in it.
@@ -65,10 +66,10 @@ def main() -> None:
 
 def transports(runs: int, backend: str) -> dict[str, Any]:
     """Boot time and memory, one boot of each transport a round."""
-    raw: dict[str, list[dict[str, float]]] = {transport: [] for transport in qvis.Transport}
+    raw: dict[str, list[dict[str, float]]] = {transport: [] for transport in COMPARED}
     provenance: dict[str, Any] = {}
     for _ in range(runs):
-        for transport in qvis.Transport:
+        for transport in COMPARED:
             with qvis.up(backend=backend, transport=transport, smp=4, queues=4) as vm:
                 raw[transport].append(asdict(sample(vm)))
                 provenance = vm.info["provenance"]

@@ -36,6 +36,7 @@ from qvis.trace.sources import COUNTS, QEMU_TRACE, TcgSource
 from qvis.trace.store import RAW, Trace
 from qvis.trace.symbols import Symbols
 from qvis.trace.tcg import RECORD_TYPE
+from qvis.transport import COMPARED
 
 REQUESTS = 10_000
 SMALL = 2_000_000  # events
@@ -57,7 +58,7 @@ def tracing(runs: int) -> dict[str, Any]:
 def recording(runs: int) -> dict[str, Any]:
     """The same requests in the same guest, recorded and not, one after the other."""
     result: dict[str, Any] = {}
-    for transport in qvis.Transport:
+    for transport in COMPARED:
         with qvis.up(backend="tcg", transport=transport, smp=2, queues=2) as vm:
             work(vm)
             off, on = [], []

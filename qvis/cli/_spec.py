@@ -13,8 +13,9 @@ def add_spec(parser: argparse.ArgumentParser) -> None:
     """The arguments of a machine, but for its name."""
     add_shape(parser)
     parser.add_argument(
-        "--transport", default="msi", help="pci, intx or msi (default: %(default)s)"
-    )
+        "--transport", default="msi",
+        help="pci, intx, msi, vis or vis-doorbell (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--icount", action="store_true",
         help="count instructions for time: slower, and the same every time (TCG)",

@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..transport import COMPARED, Transport
 from ._output import print_table
 from ._spec import add_shape, shape_arguments
 
@@ -31,8 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULT",
                         help="folders or files of earlier comparisons")  # fmt: skip
-    parser.add_argument("--transports", default="pci,intx,msi", metavar="T,T...",
-                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--transports", default=",".join(COMPARED), metavar="T,T...",
+                        help="default: %(default)s; there is vis-doorbell too")  # fmt: skip
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--op", action="append", metavar="OP",
                         help="interrupt, mask, unmask, change-of-CPU, set-up or boot; may be "
@@ -47,7 +48,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..experiments.compare import OPERATIONS, RESULT, compare
     from ..experiments.result import Result, merge
-    from ..transport import Transport
 
     if args.results:
         if args.output is None and args.html:

@@ -22,7 +22,7 @@ SNAPSHOT = (
     "cat /sys/devices/system/cpu/online"
 )
 BATCH = 50  # interrupts a command; dropbear takes none longer than 9,000 bytes
-# "virtio0-req.1" and "virtio0-config" (virtio-pci, and virtio-mmio with MSI), or
+# "virtio0-req.1" and "virtio0-config" (virtio-pci, and virtio-mmio with MSI or VIS), or
 # plain "virtio0" for virtio-mmio's one line.
 ACTION = re.compile(r"(virtio\d+)(?:-(\S+))?")
 ROW = re.compile(r"\s*(\d+):((?:\s+\d+)+)\s+(.*)")
@@ -112,7 +112,7 @@ class Interrupts:
         if not queues:
             raise UsageError(
                 "the guest's devices have one interrupt line each for all their queues, so "
-                "queues cannot be spread: use --transport msi or pci"
+                "queues cannot be spread: use --transport vis, msi or pci"
             )
         targets: dict[int, frozenset[int]] = {}
         order = sorted(online)

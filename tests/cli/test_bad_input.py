@@ -15,7 +15,10 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 USAGE = [
     ("frobnicate", "unknown verb 'frobnicate'"),
-    ("up --transport isa", "unknown transport 'isa': choose one of pci, intx, msi"),
+    (
+        "up --transport isa",
+        "unknown transport 'isa': choose one of pci, intx, msi, vis, vis-doorbell",
+    ),
     ("up --backend xen", "unknown backend 'xen': choose one of auto, kvm, tcg"),
     ("up --smp 0", "--smp must be between 1 and 255, not 0"),
     ("up --smp many", "invalid int value: 'many'"),
