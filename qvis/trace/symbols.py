@@ -51,6 +51,10 @@ FUNCTIONS = {
     "vm_msi_irq_mask": "mask",
     "vm_msi_irq_unmask": "unmask",
     "vm_msi_irq_write_msg": "write_msg",
+    # virtio-mmio's VIS chip (likewise): all that it does is in memory, so this alone tells of it
+    "vm_vis_irq_mask": "mask",
+    "vm_vis_irq_unmask": "unmask",
+    "vm_vis_irq_write_msg": "write_msg",
     # handlers (drivers/virtio); the first argument of each is the IRQ
     "vm_interrupt": "handler",
     "vm_msi_config_changed": "handler",

@@ -153,6 +153,11 @@ def cells(frame: pl.DataFrame, *names: str) -> list[Any]:
         (0xE0, True, "MsiAddrLow", "route change"),
         (0xE4, True, "MsiAddrHigh", "route change"),
         (0xE8, True, "MsiData", "route change"),
+        (0xC4, True, "VisUpdate", "route change"),
+        (0xF0, True, "VisStorageLow", "set-up"),
+        (0xF4, True, "VisStorageHigh", "set-up"),
+        (0xF8, True, "VisControl", "set-up"),
+        (0xF8, False, "VisControl", "set-up"),
         (0xFC, False, "ConfigGeneration", "configuration"),
         (0x100, False, "Config", "configuration"),
         (0x1FF, False, "Config", "configuration"),
@@ -168,11 +173,11 @@ def test_virtio_mmio_registers(offset: int, write: bool, register: str, cause: s
 
 def test_gaps_of_a_map_have_no_register_of_a_neighbour() -> None:
     rows = Rows()
-    rows.write(BLK + 0xF0, 0)
-    rows.write(BLK + 0x68, 0)
+    for offset in (0xC8, 0xCC, 0x68):
+        rows.write(BLK + offset, 0)
     found = rows.attributed()
-    assert cells(found, "device", "cause") == [("blk0", "other")] * 2
-    assert "InterruptACK" not in cells(found, "register")
+    assert cells(found, "device", "cause") == [("blk0", "other")] * 3
+    assert not {"InterruptACK", "VisUpdate"} & set(cells(found, "register"))
 
 
 def test_regions_end_where_the_next_begins() -> None:
@@ -206,6 +211,33 @@ def test_state_of_a_vector_is_read() -> None:
     rows = Rows()
     rows.read(BLK + 0xEC, 1 << 17 | 1 << 19 | 3)  # masked and pending
     assert cells(rows.attributed(), "register", "cause") == [("MsiVector", "interrupt status")]
+
+
+def test_storage_is_handed_over_during_set_up_and_its_doorbell_changes_routes() -> None:
+    """Five accesses between reset and DRIVER_OK, and a vector that is moved afterwards."""
+    rows = Rows()
+    steps = [
+        (rows.write(BLK + 0x70, 0), "Status", "set-up"),
+        (rows.read(BLK + 0xD0, 64), "MsiVectorNum", "set-up"),
+        (rows.write(BLK + 0xF0, 0x1234000), "VisStorageLow", "set-up"),
+        (rows.write(BLK + 0xF4, 0), "VisStorageHigh", "set-up"),
+        (rows.write(BLK + 0xF8, 1 << 16 | 5), "VisControl", "set-up"),
+        (rows.read(BLK + 0xF8, 1 << 16 | 5), "VisControl", "set-up"),
+        (rows.write(BLK + 0xC4, 0), "VisUpdate", "set-up"),  # no driver is at work yet
+        (rows.write(BLK + 0x70, DRIVER_OK), "Status", "set-up"),
+        (rows.write(BLK + 0xC4, 2), "VisUpdate", "route change"),
+    ]
+    assert cells(rows.attributed(), "register", "cause") == [step[1:] for step in steps]
+
+
+def test_storage_itself_is_memory() -> None:
+    """An address that a guest wrote to VisStorageLow is nobody's register."""
+    rows = Rows()
+    rows.write(BLK + 0xF0, 0x1234000)
+    rows.write(0x1234000, 1)
+    assert cells(rows.attributed(), "device", "register") == [
+        ("blk0", "VisStorageLow"), (None, None),
+    ]  # fmt: skip
 
 
 def test_msix_table() -> None:

@@ -24,7 +24,7 @@ Export = Callable[[Trace, Path], None]
 EXPORTS = [pytest.param(to_jsonl, id="jsonl"), pytest.param(to_csv, id="csv")]
 
 
-@pytest.mark.parametrize("transport", ["pci", "intx", "msi"])
+@pytest.mark.parametrize("transport", ["pci", "intx", "msi", "vis"])
 def test_jsonl_has_every_event_and_no_null(tmp_path: Path, transport: str) -> None:
     trace = make(tmp_path / "trace", transport, parts=3)
     path = tmp_path / "out.jsonl"

@@ -171,7 +171,7 @@ def test_tracks(tmp_path: Path) -> None:
     assert len(found.on("devices / net0 / input.0")) == 100
 
 
-@pytest.mark.parametrize("transport", ["pci", "intx", "msi"])
+@pytest.mark.parametrize("transport", ["pci", "intx", "msi", "vis"])
 def test_arrows_lead_from_raise_to_end(tmp_path: Path, transport: str) -> None:
     found = exported(tmp_path, make(tmp_path / "trace", transport))
     raised = {s.flows[0] for s in found.slices if s.name.startswith("raise")}
