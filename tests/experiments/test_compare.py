@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -19,8 +20,9 @@ from qvis.trace.kvm import Reader
 from qvis.trace.model import SCHEMA, Cause, Kind
 from qvis.trace.stats import Stats
 from qvis.trace.store import Manifest, Trace
+from qvis.transport import COMPARED
 from tests.trace.recordings import unpack
-from tests.trace.synthetic import provenance
+from tests.trace.synthetic import START, provenance, step, store
 from tests.trace.test_kvm_attribution import regions
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,11 +31,11 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 # mask), and masks an entry while it changes it. A line is masked at the IOAPIC, by an
 # index, a word and a read back.
 EXPECTED = {
-    "device accesses per interrupt": {"pci": 0, "intx": 2, "msi": 0},
-    "local APIC accesses per interrupt": {"pci": 1, "intx": 2, "msi": 1},  # level: TMR and EOI
-    "IOAPIC EOIs per interrupt": {"pci": 0, "intx": 1, "msi": 0},
-    "accesses per mask": {"pci": 2, "intx": 3, "msi": 1},
-    "accesses per unmask": {"pci": 1, "intx": 2, "msi": 1},
+    "device accesses per interrupt": (0, 2, 0, 0, 0),
+    "local APIC accesses per interrupt": (1, 2, 1, 1, 1),  # level: TMR and EOI
+    "IOAPIC EOIs per interrupt": (0, 1, 0, 0, 0),
+    "accesses per mask": (2, 3, 1, 0, 0),
+    "accesses per unmask": (1, 2, 1, 0, 0),
 }
 
 
@@ -49,7 +51,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 def test_each_operation_costs_what_it_should(measured: tuple[Path, Result], metric: str) -> None:
     _, result = measured
     found = {t: result.series[metric, t][0] for t in result.transports}
-    assert found == EXPECTED[metric]
+    assert found == dict(zip(Transport, EXPECTED[metric], strict=True))
 
 
 def test_moves_and_set_up_cost_less_than_over_pci(measured: tuple[Path, Result]) -> None:
@@ -59,10 +61,39 @@ def test_moves_and_set_up_cost_less_than_over_pci(measured: tuple[Path, Result])
     # mask, read back, three words, read back, unmask.
     assert 2 <= moves["msi"] <= 3
     assert moves["pci"] == 7
+    # All of it is memory, but for the doorbell where the device keeps a copy.
+    assert (moves["vis"], moves["vis-doorbell"]) == (0, 1)
     set_ups = {t: result.series["accesses per set-up", t][0] for t in result.transports}
     # docs/virtio-mmio-msi.md: at most 4 a vector and 3 once, for two queues and configuration.
     assert set_ups["intx"] < set_ups["msi"] <= set_ups["intx"] + 3 * 4 + 3
     assert set_ups["pci"] > set_ups["msi"]
+    # VIS: five, for any number of queues (test_set_up_of_many_queues); the line has its IOAPIC.
+    assert set_ups["vis"] == set_ups["vis-doorbell"] <= set_ups["intx"] + 5
+    assert set_ups["vis"] < set_ups["msi"]
+
+
+def test_set_up_of_many_queues(tmp_path: Path) -> None:
+    """16 queues: over VIS five accesses more than over the line, and none for what comes after."""
+    queues = 16
+    operations = ["interrupt", "mask", "unmask", "change of CPU", "set-up"]
+    result = compare(
+        tmp_path / "many", COMPARED, operations, 1, backend="tcg", smp=queues, queues=queues
+    )
+    of = {t: result.series["accesses per set-up", t][0] for t in COMPARED}
+    device = {
+        e.transport: sum(
+            row.count for row in e.rows if (row.device, row.cause) == ("blk0", Cause.SETUP)
+        )
+        for e in result.evidence
+        if e.op == "set-up"
+    }
+    assert device["vis"] - device["intx"] == 5
+    assert device["msi"] - device["intx"] > 3 * queues  # what storage saves
+    assert device["pci"] > device["msi"]
+    assert of["vis"] <= of["intx"] + 8
+    per = ("device accesses per interrupt", "accesses per mask", "accesses per unmask",
+           "accesses per change of CPU")  # fmt: skip
+    assert {result.series[name, "vis"][0] for name in per} == {0}
 
 
 def test_the_evidence_is_the_numbers(measured: tuple[Path, Result]) -> None:
@@ -158,3 +189,43 @@ def test_on_kvm_interrupts_are_found_by_their_vector(
     other = Target(irq=57, vector=255, device="virtio0", cpu=vcpu, cpus=2)
     with pytest.raises(InfraError, match="interrupts the trace has 0"):
         measure(trace, other, requests)
+
+
+def masks(tmp_path: Path, *, kvm: bool, doorbells: int, calls: int) -> Trace:
+    """A trace of a device with VIS whose doorbell rang so often, and calls of its chip."""
+    rows = [
+        step(START + np.arange(doorbells) * 1000, 0, Kind.EXIT if kvm else Kind.ACCESS,
+             device="blk0", register="VisUpdate", cause=Cause.ROUTE, write=True),
+        *(step(START + np.arange(calls) * 1000, 0, Kind.FUNCTION, function=f"vm_vis_irq_{name}")
+          for name in ("mask", "unmask")),
+    ]  # fmt: skip
+    return store(tmp_path / "t", pl.concat(rows).sort("time"), provenance("vis", kvm=kvm))
+
+
+TARGET = Target(irq=57, vector=34, device="virtio0", cpu=0, cpus=2)
+
+
+def measured_masks(trace: Trace, count: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name in ("mask", "unmask"):
+        measure = OPERATIONS[name].measure
+        assert measure
+        found |= measure(trace, TARGET, count)
+    return found
+
+
+def test_a_doorbell_of_masks_is_counted(tmp_path: Path) -> None:
+    """On KVM a device may keep copies of masks too; nothing tells of which kind a doorbell was."""
+    found = measured_masks(masks(tmp_path, kvm=True, doorbells=50, calls=0), 50)
+    assert found == {"accesses per mask": 0.5, "accesses per unmask": 0.5}
+
+
+def test_nothing_touched_means_nothing_unless_it_was_done(tmp_path: Path) -> None:
+    done = masks(tmp_path / "done", kvm=False, doorbells=0, calls=50)
+    assert measured_masks(done, 50) == {"accesses per mask": 0, "accesses per unmask": 0}
+    with pytest.raises(InfraError, match="of 51 times mask the trace has 50"):
+        measured_masks(done, 51)
+    move = OPERATIONS["change of CPU"].measure
+    assert move
+    with pytest.raises(InfraError, match="of 20 times set_affinity or write_msg the trace has 0"):
+        move(done, TARGET, 20)
