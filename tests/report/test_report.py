@@ -148,7 +148,7 @@ def test_headline_when_they_differ(tmp_path: Path) -> None:
     assert "all but 9 cost 2 device accesses" in trace_page(tmp_path, nearly).texts["h1"][0]
 
 
-@pytest.mark.parametrize("transport", ["pci", "intx", "msi"])
+@pytest.mark.parametrize("transport", ["pci", "intx", "msi", "vis"])
 def test_trace_page_under_tcg(tmp_path: Path, transport: str) -> None:
     trace = make(tmp_path / "trace", transport)
     page = trace_page(tmp_path, trace)
@@ -266,6 +266,30 @@ def test_comparison(tmp_path: Path) -> None:
     assert times[0][1:] == ["1.351.30 to 1.40", "1.551.50 to 1.60", "1.361.31 to 1.41"]
     assert "times say nothing about hardware" in page.text
     assert not re.search(r"\bexit", page.text.replace("where nothing exits", ""))
+
+
+def test_comparison_of_five_transports(tmp_path: Path) -> None:
+    names = ("pci", "intx", "msi", "vis", "vis-doorbell")
+    counted = Metric("accesses per mask", "accesses", "mask")
+    counts = dict(zip(names, (2.0, 3.0, 1.0, 0.0, 0.0), strict=True))
+    page = comparison_page(
+        tmp_path,
+        comparison(
+            metrics=(counted,),
+            provenance={name: provenance(name) for name in names},
+            series={(counted.name, name): (count,) * 6 for name, count in counts.items()},
+            order=names * 6,
+            evidence=tuple(Evidence("mask", n, f"traces/{n}", 50, ()) for n in names),
+        ),
+    )
+    assert page.texts["h1"] == [
+        "Per mask: 2 accesses over pci, 3 over intx, 1 over msi, 0 over vis and 0 over vis-doorbell"
+    ]
+    assert ["", *names] in page.rows
+    assert ["accesses", *(f"{count:.0f}in every run" for count in counts.values())] in page.rows
+    assert page.raw.count('class="n best"') == 2  # both that touch nothing
+    assert page.text.count("No register was touched.") == 5
+    assert 'style="--n:5"' in page.raw
 
 
 def test_comparison_tells_chance(tmp_path: Path) -> None:
