@@ -49,7 +49,8 @@ class Device:
 
     transport: str  # QOM path
     queues: int
-    vectors: int  # of virtio-mmio with MSI; 0 without
+    vectors: int  # of virtio-mmio with MSI or VIS; 0 without
+    vis: bool
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ def _count(region: Region, entry: dict[str, Any], devices: Sequence[Device]) -> 
     if not device:
         return entry.get("empty", entry["registers"]), 0
     registers = entry["registers"] + entry.get("queues", 0) * device.queues
-    return registers + (entry.get("msi", 0) if device.vectors else 0), 0
+    registers += entry.get("msi", 0) if device.vectors else 0
+    return registers + (entry.get("vis", 0) if device.vis else 0), 0
 
 
 def _area(
@@ -190,12 +192,18 @@ def _devices(machine: Machine) -> Iterator[Device]:
         path = device["path"]
         bus = machine.qmp("qom-get", path=path, property="parent_bus")
         transport = bus.rpartition("/")[0]
-        try:
-            vectors = machine.qmp("qom-get", path=transport, property="vectors")
-        except UsageError:
-            vectors = 0  # a virtio-mmio without our series
+        vectors = _ours(machine, transport, "vectors")
+        vis = bool(_ours(machine, transport, "vis"))
         queues = machine.qmp("x-query-virtio-status", path=path)["num-vqs"]
-        yield Device(transport, queues, vectors)
+        yield Device(transport, queues, vectors, vis)
+
+
+def _ours(machine: Machine, transport: str, name: str) -> int:
+    """A property that our series gives virtio-mmio; 0 without it."""
+    try:
+        return int(machine.qmp("qom-get", path=transport, property=name))
+    except UsageError:
+        return 0
 
 
 def _functions(buses: Iterable[dict[str, Any]]) -> Iterator[tuple[int, int]]:

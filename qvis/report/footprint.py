@@ -72,7 +72,7 @@ def _code(result: Footprint) -> Table:
             ("text of these", (None, None, pci.sizes.text, None, mmio.sizes.text)),
         ):
             rows.append((f"{NAMES[name]}: {what}", *map(_number, figures)))
-    columns = ("", "talk: PCI", "talk: MMIO", "PCI", "MMIO as released", "MMIO with MSI")
+    columns = ("", "talk: PCI", "talk: MMIO", "PCI", "MMIO as released", "MMIO with MSI, VIS")
     return Table("Code of the transports", columns, tuple(rows))
 
 
