@@ -35,7 +35,7 @@ NO_VCPU = np.uint16(0xFFFF)
 NONE = -1  # no region, register, cause...
 FAR = 1 << 62  # ns: a time that never comes
 
-# docs/virtio-mmio-msi.md, MsiVector
+# docs/virtio-interrupts.md, MsiVector
 MSI_SET_MSG, MSI_MASK, MSI_UNMASK = 1 << 16, 1 << 17, 1 << 18
 MSIX_MASKED = 1
 # 82093AA, 3.2.4: redirection entries begin at index 0x10, two words each

@@ -64,7 +64,7 @@ def test_moves_and_set_up_cost_less_than_over_pci(measured: tuple[Path, Result])
     # All of it is memory, but for the doorbell where the device keeps a copy.
     assert (moves["vis"], moves["vis-doorbell"]) == (0, 1)
     set_ups = {t: result.series["accesses per set-up", t][0] for t in result.transports}
-    # docs/virtio-mmio-msi.md: at most 4 a vector and 3 once, for two queues and configuration.
+    # docs/virtio-interrupts.md: at most 4 a vector and 3 once, for two queues and configuration.
     assert set_ups["intx"] < set_ups["msi"] <= set_ups["intx"] + 3 * 4 + 3
     assert set_ups["pci"] > set_ups["msi"]
     # VIS: five, for any number of queues (test_set_up_of_many_queues); the line has its IOAPIC.

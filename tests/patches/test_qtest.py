@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The device's own tests, in QEMU's framework: every clause of docs/virtio-mmio-msi.md."""
+"""The device's own tests, in QEMU's framework: every clause of docs/virtio-interrupts.md."""
 
 from __future__ import annotations
 
