@@ -21,8 +21,12 @@ import pytest
 import qvis
 from qvis import backends
 from qvis.machine.machine import Machine
+from qvis.transport import COMPARED
 
 SMP = QUEUES = 4
+EVERY_TRANSPORT = pytest.mark.parametrize(
+    "transport", list(qvis.Transport), indirect=True, scope="session"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,9 +86,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="session", params=list(qvis.Transport))
+@pytest.fixture(scope="session", params=list(COMPARED))
 def transport(request: pytest.FixtureRequest) -> qvis.Transport:
-    """Each transport."""
+    """Each transport; tests that are cheap take vis-doorbell as well (``EVERY_TRANSPORT``)."""
     value: qvis.Transport = request.param
     return value
 

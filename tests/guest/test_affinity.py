@@ -9,6 +9,9 @@ import qvis
 from qvis.guest import load
 from qvis.guest.interrupts import Vector
 from qvis.machine.machine import Machine
+from tests.conftest import EVERY_TRANSPORT
+
+pytestmark = EVERY_TRANSPORT
 
 REQUESTS = 1100
 ENOUGH = 1000
@@ -34,10 +37,10 @@ def move(vm: Machine, vector: Vector, cpu: int) -> Vector:
 
     x86 Linux moves an MSI-X vector, whose message takes several writes, and an
     IO-APIC line only when the next interrupt arrives, which still goes to the
-    old CPU: so one is made. MMIO's message changes in one step and needs none.
+    old CPU: so one is made. MMIO's messages change in one step and need none.
     """
     moved = vm.irqs.set_affinity(vector.irq, [cpu])
-    if vm.spec.transport is not qvis.Transport.MSI:
+    if vm.spec.transport in (qvis.Transport.PCI, qvis.Transport.INTX):
         load.run(vm.ssh, vector.queue or 0, 1)
     return moved
 
@@ -54,7 +57,9 @@ def test_transport_is_the_one_asked_for(vm: Machine) -> None:
     chips = {
         qvis.Transport.PCI: "PCI-MSIX",
         qvis.Transport.INTX: "IO-APIC",
-        qvis.Transport.MSI: "MMIO-MSI",
+        qvis.Transport.MSI: "MMIO-MSI-LNRO0005:",
+        qvis.Transport.VIS: "MMIO-VIS-LNRO0005:",
+        qvis.Transport.VIS_DOORBELL: "MMIO-VIS-LNRO0005:",
     }
     for vector in vm.irqs.vectors():
         assert chips[vm.spec.transport] in vector.chip.upper()

@@ -11,6 +11,8 @@ import json
 import time
 from collections.abc import Callable
 
+import pytest
+
 import qvis
 from qvis.guest import load
 from qvis.machine.machine import Machine
@@ -69,23 +71,27 @@ def progress(vm: Machine) -> dict[int, int]:
     return {queue: int(vm.ssh.run(f"wc -l < /tmp/load.{queue}").stdout) for queue in range(QUEUES)}
 
 
-def test_masked_and_pending_survives_migration(boot: Callable[..., Machine]) -> None:
+@pytest.mark.parametrize("kind", ["msi", "vis", "vis-doorbell"])
+def test_masked_and_pending_survives_migration(boot: Callable[..., Machine], kind: str) -> None:
     """A vector masked and pending when the guest moves is delivered after unmask there."""
-    from .test_masking import becomes, msi_bits, read_ended, start_read
+    from .test_masking import becomes, bits_of, read_ended, start_read
 
-    vm = boot(transport=qvis.Transport.MSI, smp=QUEUES, queues=QUEUES)
+    vm = boot(transport=kind, smp=QUEUES, queues=QUEUES)
     vector = next(v for v in vm.irqs.vectors() if v.queue == 1)
-    bits = msi_bits(vm, vector, 2)
+    bits = bits_of(vm, vector)
     vm.ssh.run(bits.mask)
     start_read(vm)
     assert becomes(bits.pending)
     moved = vm.migrate()
     try:
         assert not read_ended(moved, 0.5)
-        there = msi_bits(moved, vector, 2)
+        there = bits_of(moved, vector)
         assert there.masked()
         assert there.pending()
         moved.ssh.run(there.unmask)
         assert read_ended(moved, 20.0), "the interrupt was lost in migration"
+        assert not there.pending()
+        assert not there.masked()
+        load.run(moved.ssh, 1, 100)  # and the vector works on
     finally:
         moved.down()
