@@ -58,9 +58,10 @@ def default(region: str) -> Map:
 
 
 # virtio 1.3, 4.2.2 (table "MMIO Device Register Layout"), and from 0x0c4
-# docs/virtio-mmio-msi.md and our proposal of VIS. A write to VisUpdate, the doorbell,
-# names a vector and not what of it has changed. On TCG no device keeps a copy of a mask,
-# so there it is always where the vector goes.
+# docs/virtio-interrupts.md. A write to VisUpdate, VIS's doorbell, names a vector and not what
+# of it has changed. On TCG no device keeps a copy of a mask, so there it is always where the
+# vector goes. Interrupt storage is no register: what the driver and the device do there is
+# memory, and in no trace.
 VIRTIO_MMIO = Map(
     (
         *_registers(
