@@ -37,6 +37,7 @@ VERBS = {
     "build": "build QEMU, Linux and the initramfs",
     "patches": "apply, check, refresh or list the patch series",
     "footprint": "count what PCI and MMIO cost: code, memory, time, attack surface",
+    "verify": "check the VIS protocol through all interleavings",
     "doctor": "check everything that a run needs",
 }
 
