@@ -75,6 +75,8 @@ SCENARIOS = (
     Scenario("entry copies of two vectors", "AA", 0,
              ("retarget 0 B", "retarget 1 B"),
              ("attach 0 entry; fire 0", "attach 1 entry; fire 1")),
+    Scenario("copies come and go", "AA", 0, ("retarget 0 B",),
+             ("attach 0 entry; detach 0; fire 0", "attach 1 entry; detach 1")),
     Scenario("both copies", "A", 0,
              ("mask 0; retarget 0 B; unmask 0",), ("fire 0; fire 0", "attach 0 both; detach 0")),
     Scenario("both copies, two CPUs", "A", 0,
@@ -169,6 +171,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     _cut("atomic-M1", "atomic set of a mask bit", "two vectors, two CPUs", "clobbered"),
     _cut("atomic-U1", "atomic clear of a mask bit", "two vectors, two CPUs", "clobbered"),
     _cut("atomic-C1", "atomic set of a cached bit", "entry copies of two vectors", "clobbered"),
+    _cut("atomic-C5", "atomic clear of a cached bit", "copies come and go", "clobbered"),
     # The layout of 2019
     _old("2019-torn", "an entry is three words", "2019: retarget", "torn"),
     _old("2019-lost", "pending without a re-check", "2019: unmask", "lost"),
