@@ -79,7 +79,7 @@ def test_set_up_of_many_queues(tmp_path: Path) -> None:
     result = compare(
         tmp_path / "many", COMPARED, operations, 1, backend="tcg", smp=queues, queues=queues
     )
-    of = {t: result.series["accesses per set-up", t][0] for t in COMPARED}
+    of = {str(t): result.series["accesses per set-up", t][0] for t in COMPARED}
     device = {
         e.transport: sum(
             row.count for row in e.rows if (row.device, row.cause) == ("blk0", Cause.SETUP)

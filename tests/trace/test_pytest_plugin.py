@@ -25,6 +25,20 @@ def test_an_interrupt_over_msi_touches_no_register(qvis_machine: QvisMachine) ->
     assert recording.interrupts(device="blk0", source="req.1") == REQUESTS
 
 
+@pytest.mark.qvis(backend="tcg", transport="vis", smp=2, queues=2)
+def test_masks_and_moves_over_vis_touch_no_register(qvis_machine: QvisMachine) -> None:
+    with qvis_machine.recording() as recording:
+        for vector in qvis_machine.irqs.vectors():
+            if vector.driver == "virtio_blk":
+                file = f"/sys/kernel/debug/irq/irqs/{vector.irq}"
+                qvis_machine.ssh.run(f"echo mask > {file}; echo unmask > {file}")
+                qvis_machine.irqs.set_affinity(vector.irq, [0])
+        load(qvis_machine)
+    recording.assert_exits(REQUESTS, device="blk0")
+    recording.assert_exits(REQUESTS, device="blk0", cause="notify")
+    assert recording.interrupts(device="blk0", source="req.1") == REQUESTS
+
+
 @pytest.mark.qvis(backend="tcg", transport="intx", smp=2, queues=2)
 def test_an_interrupt_over_the_line_touches_two(qvis_machine: QvisMachine) -> None:
     with qvis_machine.recording() as recording:
