@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,14 @@ from .paths import cache_dir
 from .process import run
 from .progress import step
 
-__all__ = ["Package", "cpu_model", "ensure_packages", "install_command", "missing_packages"]
+__all__ = [
+    "FUZZ_PACKAGES",
+    "Package",
+    "cpu_model",
+    "ensure_packages",
+    "install_command",
+    "missing_packages",
+]
 
 UPDATE_DEADLINE = 300.0  # seconds
 INSTALL_DEADLINE = 1200.0  # seconds
@@ -100,9 +107,33 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def missing_packages() -> list[Package]:
-    """What is not there; nothing is run to find out."""
-    return [package for package in PACKAGES if not package.present()]
+def _clang_runtime(library: str) -> Callable[[], bool]:
+    """Whether the clang on the path has a library of its compiler-rt."""
+
+    def present() -> bool:
+        clang = shutil.which("clang", path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
+        # Beside the compiler itself, also where that is a link to one of several versions.
+        places = Path(clang).resolve().parent.parent.glob("lib/clang/*/lib") if clang else ()
+        return any(next(place.glob(f"**/{library}"), None) for place in places)
+
+    return present
+
+
+FUZZ_PACKAGES = (
+    Package("clang", "builds the fuzzer", _program("clang")),
+    Package("libclang-rt-dev", "builds the fuzzer (libFuzzer and sanitizers)",
+            _clang_runtime("libclang_rt.fuzzer*.a")),
+    Package("llvm", "names the lines in what sanitizers say", _program("llvm-symbolizer")),
+)  # fmt: skip
+"""What only fuzzing needs."""
+
+
+def missing_packages(more: Sequence[Package] = ()) -> list[Package]:
+    """What is not there, of the packages that everything needs and ``more``.
+
+    Nothing is run to find out.
+    """
+    return [package for package in (*PACKAGES, *more) if not package.present()]
 
 
 def install_command(packages: list[Package]) -> list[str]:
@@ -111,12 +142,12 @@ def install_command(packages: list[Package]) -> list[str]:
     return [*_sudo(), "apt-get", "install", "--yes", "--no-install-recommends", *names]
 
 
-def ensure_packages() -> None:
+def ensure_packages(more: Sequence[Package] = ()) -> None:
     """Install what is missing, if we may: as root, or with a sudo that asks nothing.
 
     Raises :class:`InfraError` with the command to run when we may not.
     """
-    missing = missing_packages()
+    missing = missing_packages(more)
     if not missing:
         return
     command = install_command(missing)
@@ -135,7 +166,7 @@ def ensure_packages() -> None:
         # Always: lists that are there may name versions which the mirror no longer has.
         _apt([*_sudo(), "apt-get", "update"], log, UPDATE_DEADLINE)
         _apt(command, log, INSTALL_DEADLINE)
-    if still := missing_packages():
+    if still := missing_packages(more):
         raise InfraError(
             f"installed, but not found: {', '.join(package.name for package in still)}",
             stage="host",

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..host import ensure_packages, missing_packages
+from ..host import FUZZ_PACKAGES, ensure_packages, missing_packages
 from . import series
+from .fuzz import FuzzBuild
 from .initramfs import Entry, find_initramfs, make_initramfs, pack
 from .linux import LinuxBuild
 from .plugin import build_plugin
@@ -20,9 +21,11 @@ from .qemu import QemuBuild, run_qtest
 __all__ = [
     "Artifacts",
     "Entry",
+    "FuzzBuild",
     "LinuxBuild",
     "QemuBuild",
     "build_all",
+    "build_fuzz",
     "build_initramfs",
     "build_linux",
     "build_plugin",
@@ -66,6 +69,12 @@ def build_qemu(*, patched: bool = True) -> QemuBuild:
     """QEMU with our series, or as its authors released it."""
     ensure_packages()
     return QemuBuild.make(series.read("qemu") if patched else ())
+
+
+def build_fuzz() -> FuzzBuild:
+    """QEMU with our series as a fuzzer; needs packages that nothing else does."""
+    ensure_packages(FUZZ_PACKAGES)
+    return FuzzBuild.make(series.read("qemu"))
 
 
 def build_linux(*, patched: bool = True) -> LinuxBuild:

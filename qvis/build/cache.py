@@ -124,15 +124,15 @@ def log_file(component: str) -> Path:
     return _folder("logs") / f"{component}.log"
 
 
-def compiler() -> str:
-    """The C compiler's version line, asked for once for each compiler file."""
-    found = shutil.which(COMPILER)
+def compiler(name: str = COMPILER) -> str:
+    """A C compiler's version line, asked for once for each compiler file."""
+    found = shutil.which(name)
     if not found:
-        raise InfraError(f"no {COMPILER} on the path")
+        raise InfraError(f"no {name} on the path")
     path = Path(found).resolve()
     status = path.stat()
     identity = f"{path} {status.st_size} {status.st_mtime_ns}"
-    memo = cache_dir() / "compiler.json"
+    memo = cache_dir() / ("compiler.json" if name == COMPILER else f"compiler-{name}.json")
     try:
         known = json.loads(memo.read_text())
         if known["identity"] == identity:

@@ -19,10 +19,9 @@ from .recipe import Recipe, build, cpus, find, manifest, prepare
 from .series import Patch
 from .tree import Tree
 
-__all__ = ["QemuBuild", "run_qtest"]
+__all__ = ["FIRMWARE_PATH", "Configuration", "QemuBuild", "ninja", "run_qtest"]
 
 BINARY = "qemu-system-x86_64"
-DEVICES = Path(__file__).with_name("qvis.mak")
 CONFIGURE_DEADLINE = 600.0  # seconds
 BUILD_DEADLINE = 3600.0  # seconds
 START_DEADLINE = 60.0  # seconds
@@ -38,6 +37,16 @@ FIRMWARE = (
     "linuxboot_dma.bin",  # starts a bzImage
     "kvmvapic.bin",  # q35 loads it under KVM without a TPR shadow
 )
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One of the ways in which a tree is configured."""
+
+    options: tuple[str, ...]
+    devices: Path  # a .mak file
+    compiler: str = cache.COMPILER
+
 
 OPTIONS = (
     "--target-list=x86_64-softmmu",
@@ -65,6 +74,8 @@ OPTIONS = (
     "--disable-werror",  # compilers newer than this QEMU
     "--disable-download",
 )
+
+NORMAL = Configuration(OPTIONS, Path(__file__).with_name("qvis.mak"))
 
 # Named by meson.build even when none of it is to be installed, and left out of
 # the distribution's tarball. An empty file will do, since nothing uses it.
@@ -135,7 +146,7 @@ def run_qtest(name: str, patches: Sequence[Patch]) -> None:
             step(f"qtest {name}", log) as progress,
             tree.building(patches, recipe.configuration) as folder,
         ):
-            _ninja(tree, folder, progress, BINARY, f"tests/qtest/{name}")
+            ninja(NORMAL, tree, folder, progress, BINARY, f"tests/qtest/{name}")
             run(
                 [folder / "tests" / "qtest" / name, "--tap"],
                 env={"QTEST_QEMU_BINARY": str(folder / BINARY)},
@@ -149,14 +160,14 @@ def run_qtest(name: str, patches: Sequence[Patch]) -> None:
 def _recipe() -> Recipe:
     return Recipe(
         component="qemu",
-        configuration="\n".join(OPTIONS),
-        inputs=(RECORD, DEVICES.read_text(), *FIRMWARE),
+        configuration="\n".join(NORMAL.options),
+        inputs=(RECORD, NORMAL.devices.read_text(), *FIRMWARE),
         compile=_compile,
     )
 
 
 def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
-    _ninja(tree, folder, progress, BINARY)
+    ninja(NORMAL, tree, folder, progress, BINARY)
     # A device whose parent is not built in aborts any start; so start it.
     run(
         [folder / BINARY, "-machine", "help"],
@@ -173,19 +184,21 @@ def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
     qemu_objects(folder, tree.src, BINARY).save(result)
 
 
-def _ninja(tree: Tree, folder: Path, progress: Step, *targets: str) -> None:
+def ninja(
+    configuration: Configuration, tree: Tree, folder: Path, progress: Step, *targets: str
+) -> None:
     """Build the targets, after configuring the folder if that was not done yet."""
     log = cache.log_file("qemu")
-    _add_missing(tree)
+    _add_missing(tree, configuration.devices)
     configured = folder / "qvis-python"
     # Also when the environment that it was configured from is gone, since meson is there.
     if not configured.exists() or not Path(configured.read_text()).exists():
         shutil.rmtree(folder)
         folder.mkdir()
         run(
-            [tree.src / "configure", f"--python={sys.executable}", *OPTIONS],
+            [tree.src / "configure", f"--python={sys.executable}", *configuration.options],
             cwd=folder,
-            env={"CC": cache.COMPILER},  # the one that results are named by
+            env={"CC": configuration.compiler},  # the one that results are named by
             stage="configure qemu",
             log=log,
             deadline=CONFIGURE_DEADLINE,
@@ -202,18 +215,19 @@ def _ninja(tree: Tree, folder: Path, progress: Step, *targets: str) -> None:
     )  # fmt: skip
 
 
-def _add_missing(tree: Tree) -> None:
+def _add_missing(tree: Tree, devices: Path) -> None:
     """Put into the tree what the build wants to find there, and git need not know."""
-    devices = tree.src / "configs" / "devices" / "x86_64-softmmu" / DEVICES.name
+    copy = tree.src / "configs" / "devices" / "x86_64-softmmu" / devices.name
     # Only where it differs: a newer time stamp would configure everything again.
-    if not devices.exists() or devices.read_bytes() != DEVICES.read_bytes():
-        shutil.copyfile(DEVICES, devices)
+    if not copy.exists() or copy.read_bytes() != devices.read_bytes():
+        shutil.copyfile(devices, copy)
     for name in PLACEHOLDERS:
         if not (tree.src / name).exists():
             (tree.src / name).touch()
 
 
 def _firmware(tree: Tree, name: str) -> Path:
+    """A file that QEMU loads into a guest, of its tree or of the distribution."""
     for place in (tree.src / "pc-bios", *FIRMWARE_PATH):
         if (place / name).is_file():
             return place / name

@@ -33,6 +33,13 @@ class Recipe:
     inputs: tuple[str, ...]
     # Told the tree, its build folder and the folder that the result goes to.
     compile: Callable[[Tree, Path, Path, progress.Step], None]
+    variant: str = ""  # of several that are made from one tree; each has a build folder
+    compiler: str = cache.COMPILER
+
+    @property
+    def name(self) -> str:
+        """What its results are called."""
+        return f"{self.component}-{self.variant}" if self.variant else self.component
 
 
 def find(recipe: Recipe, patches: Sequence[series.Patch]) -> Path | None:
@@ -41,7 +48,7 @@ def find(recipe: Recipe, patches: Sequence[series.Patch]) -> Path | None:
     A result of any of the tarballs that will do is taken.
     """
     for source in known(recipe.component):
-        if found := cache.find(recipe.component, _key(recipe, source.sha256, patches)):
+        if found := cache.find(recipe.name, _key(recipe, source.sha256, patches)):
             return found
     return None
 
@@ -57,11 +64,11 @@ def build(recipe: Recipe, patches: Sequence[series.Patch]) -> Path:
             return found
         tree = prepare(recipe, patches)
         name = _key(recipe, tree.source.sha256, patches)
-        what = f"build {component} {tree.source.version} with {len(patches)} patches"
+        what = f"build {recipe.name} {tree.source.version} with {len(patches)} patches"
         with (
             progress.step(what, cache.log_file(component)) as step,
-            tree.building(patches, recipe.configuration) as folder,
-            cache.create(component, name) as unfinished,
+            tree.building(patches, recipe.configuration, recipe.variant) as folder,
+            cache.create(recipe.name, name) as unfinished,
         ):
             recipe.compile(tree, folder, unfinished, step)
             facts = {
@@ -70,11 +77,11 @@ def build(recipe: Recipe, patches: Sequence[series.Patch]) -> Path:
                 "tarball": tree.source.sha256,
                 "series": series.digest(patches),
                 "patches": [patch.name for patch in patches],
-                "compiler": cache.compiler(),
+                "compiler": cache.compiler(recipe.compiler),
                 "key": name,
             }
             (unfinished / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n")
-        return cache.result(component, name)
+        return cache.result(recipe.name, name)
 
 
 def prepare(recipe: Recipe, patches: Sequence[series.Patch]) -> Tree:
@@ -98,5 +105,9 @@ def cpus() -> int:
 
 def _key(recipe: Recipe, tarball: str, patches: Sequence[series.Patch]) -> str:
     return cache.key(
-        tarball, series.digest(patches), recipe.configuration, *recipe.inputs, cache.compiler()
+        tarball,
+        series.digest(patches),
+        recipe.configuration,
+        *recipe.inputs,
+        cache.compiler(recipe.compiler),
     )

@@ -78,17 +78,21 @@ class Tree:
             git(self.src, "clean", "-fdq", stage="checkout")
 
     @contextmanager
-    def building(self, patches: Sequence[Patch], configuration: str) -> Iterator[Path]:
+    def building(
+        self, patches: Sequence[Patch], configuration: str, variant: str = ""
+    ) -> Iterator[Path]:
         """The build folder with all that is in it from last time, if it can be trusted.
 
         The work tree has these ``patches``. There is a folder for the patched
-        and one for the unpatched sources, so that neither costs the other its
-        objects. It is emptied when it was made with another ``configuration``.
+        and one for the unpatched sources, and such a pair for each ``variant``, so
+        that none costs another its objects. It is emptied when it was made with
+        another ``configuration``.
         When the last build in it was cut short so abruptly (kill -9, power, a
         full disk) that the tools could not clean up, what they wrote last is
         removed.
         """
         name = "build" if patches else "build-base"
+        name += f"-{variant}" if variant else ""
         build = self.root / name
         made_with = self.root / f"{name}.configuration"
         running = self.root / f"{name}.running"

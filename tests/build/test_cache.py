@@ -135,3 +135,10 @@ def test_compiler_is_asked_once_for_each_compiler(
     assert cache.compiler() == "gcc 14.20"
     (folder / "compiler.json").write_text("{ half")
     assert cache.compiler() == "gcc 14.20"
+
+    # Another one is remembered beside it.
+    compiler.rename(tmp_path / "other")
+    install("15")
+    assert [cache.compiler("other"), cache.compiler()] == ["gcc 14.20", "gcc 15"]
+    assert [cache.compiler("other"), cache.compiler()] == ["gcc 14.20", "gcc 15"]
+    assert asked.read_text() == "x\n" * 5

@@ -62,3 +62,13 @@ def test_package_that_helps_nothing_is_said(
         "update",
         "install",
     ]
+
+
+def test_more_packages_are_looked_at_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "PACKAGES", (PRESENT,))
+    assert host.missing_packages() == []
+    assert host.missing_packages((ABSENT, PRESENT)) == [ABSENT]
+    monkeypatch.setattr(host, "_privileged", lambda: False)
+    host.ensure_packages()
+    with pytest.raises(InfraError, match="no-such-package"):
+        host.ensure_packages((ABSENT,))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,23 @@ def test_changed_series_is_built_in_the_folder_of_before(
     assert len(builder.seen) == 2
 
 
+def test_variants_of_one_tree_have_folders_and_results_of_their_own(
+    toy: Toy, builder: Builder
+) -> None:
+    def variant() -> Path:
+        wanted = replace(builder.recipe(), variant="other")
+        return recipe.build(wanted, series.read("toy"))
+
+    toy.series(ONE)
+    plain = recipe.build(builder.recipe(), series.read("toy"))
+    other = variant()
+    assert (plain.name.rsplit("-", 1)[0], other.name.rsplit("-", 1)[0]) == ("toy", "toy-other")
+    assert builder.seen == [[], []]
+    toy.series(ONE, HEADER)
+    assert variant() != other
+    assert builder.seen[2] == ["object-2"]
+
+
 class Make:
     """Compiles by time stamps, as make does, and checks that the objects are right."""
 
@@ -151,7 +169,7 @@ def test_inputs_make_another_result_and_configuration_another_folder(
 
 def test_compiler_is_an_input(toy: Toy, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = recipe.build(builder.recipe(), ())
-    monkeypatch.setattr(cache, "compiler", lambda: "another one")
+    monkeypatch.setattr(cache, "compiler", lambda name: f"another {name}")
     assert recipe.build(builder.recipe(), ()) != first
 
 
