@@ -43,15 +43,13 @@
  * - none: the handler of the last interrupt was still at work, and found the
  *   request without being told ("coalesced"). It may be told nevertheless, later.
  *
- * - a second one ("spurious"). With VIS, if the entry changed while the message was
- *   sent, which sends it once more; or if the vector was unmasked just when the
- *   device found it masked, when driver and device may both deliver. Over PCI a move
- *   may retrigger the interrupt or hit another one's vector. The second one may
- *   still be on the way to the old CPU, or to one that has masked it, when the first
- *   is long handled. If its handler is at work there when the next request's own
- *   interrupt comes elsewhere, Linux has it do the work of both and counts one
- *   ("merged"). Excused for that is only a CPU that a move during an earlier request
- *   left, and that took nothing then: not one which goes on as before.
+ * - over PCI, a second one ("spurious"): a move may retrigger the interrupt or hit
+ *   another one's vector. It may still be on the way to the old CPU, or to one that
+ *   has masked it, when the first is long handled. If its handler is at work there
+ *   when the next request's own interrupt comes elsewhere, Linux has it do the work
+ *   of both and counts one ("merged"). Excused for that is only a CPU that a move
+ *   during an earlier request left, and that took nothing then: not one which goes
+ *   on as before.
  *
  * lose and misdirect plant a fault, to show that it is found: a vector stays masked
  * of which the checker does not know, or a move is told to the checker only.
@@ -150,7 +148,6 @@ static const char *folder, *plant = "";
 static char chip[64];
 static bool deferring;	/* moves happen with the next interrupt */
 static bool move_doubles;	/* a move may make a second interrupt of one */
-static bool unmask_doubles;	/* and so may an unmask */
 static _Atomic bool hold, stop;
 static _Atomic bool planted;
 
@@ -326,7 +323,7 @@ static void judge(struct vector *v, struct window *w, unsigned int done, unsigne
 	now = now_ns();
 
 	moved = begun != done;
-	twice = (moved && move_doubles) || (gen_after != gen && unmask_doubles);
+	twice = moved && move_doubles;
 	w->number++;
 	allowed = targets(v, done, begun);
 	strict = targets(v, returned, begun);
@@ -1243,8 +1240,7 @@ int main(int argc, char **argv)
 		set_up(&disks[i]);
 	}
 	deferring = strstr(chip, "PCI") != NULL;
-	unmask_doubles = strstr(chip, "VIS") != NULL;
-	move_doubles = deferring || unmask_doubles;
+	move_doubles = deferring;
 	for (i = 0; i < ndisks; i++) {
 		if (pthread_create(&thread, NULL, meddle, &disks[i]))
 			die("cannot start a thread");
