@@ -3,27 +3,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .memory import MESSAGE, Finding, Load, Rmw, Step, System
-from .protocol import (
-    ADDRESS,
-    DATA,
-    ENTRIES,
-    ENTRY_CACHED,
-    MASK,
-    MASK_CACHED,
-    PENDING,
-    WORDS,
-    Layout2019,
-    Vis,
-    World,
-    entry_name,
-)
+from .memory import MESSAGE, Finding, Load, Step, System
+from .protocol import ADDRESS, CACHED, DATA, ENTRIES, MASK, PENDING, Layout2019, Vis, entry_name
 from .scenarios import Mutation, Scenario, scenario
 
 __all__ = ["Outcome", "build", "check", "check_all", "explain"]
@@ -65,15 +53,13 @@ def build(
     where: Scenario, model: str = "weak", mutation: Mutation | None = None, *, reduce: bool = True
 ) -> System:
     """The scenario as a system to search."""
-    layout = Layout2019 if mutation and mutation.layout == "2019" else Vis
-    vis = layout(where.vectors, mutation.cut if mutation else "", where.cached)
-    scripts = where.cpus + where.devices
-    devices = sum(1 << n for n in range(len(where.cpus), len(scripts)))
-    unused = () if where.cached else (ENTRY_CACHED, MASK_CACHED)
+    vis = _layout(where, mutation)
+    agents = range(len(vis.scripts))
+    unused = range(CACHED * vis.vectors, 0 if vis.cached else ENTRIES * vis.vectors)
     return System(
         vis.start(where.masked, where.entries),
-        [lambda script=script: vis.script(script) for script in scripts],  # type: ignore[misc]
-        vis.world(len(scripts), devices, where.masked, where.entries),
+        [lambda agent=agent: vis.script(agent) for agent in agents],  # type: ignore[misc]
+        vis.world(where.masked, where.entries),
         model=model,
         constant=frozenset(unused),
         finish=vis.finish,
@@ -81,8 +67,14 @@ def build(
     )
 
 
+def _layout(where: Scenario, mutation: Mutation | None) -> Vis:
+    layout = Layout2019 if mutation and mutation.layout == "2019" else Vis
+    return layout(where.vectors, where.cpus + where.devices, mutation.cut if mutation else "")
+
+
 def check(where: Scenario, model: str = "weak", mutation: Mutation | None = None) -> Outcome:
     """Search all interleavings of one scenario."""
+    vis = _layout(where, mutation)
     result = build(where, model, mutation).search()
     finding = result.finding
     return Outcome(
@@ -92,9 +84,13 @@ def check(where: Scenario, model: str = "weak", mutation: Mutation | None = None
         result.states,
         finding.rule if finding else "",
         len(finding.steps) if finding else 0,
-        tuple(explain(where, finding)) if finding else (),
+        tuple(explain(where, vis, finding)) if finding else (),
         result.labels,
-        any(world.owed for _, world in result.ends),
+        any(
+            seen < memory[loc]
+            for memory, world in result.ends
+            for (loc, _), seen in zip(world.queues, world.seen, strict=True)
+        ),
     )
 
 
@@ -104,68 +100,74 @@ def check_all(
     """All of these, in their order, on all processors."""
     whole = [(where, None) for where in scenarios]
     cut = [(scenario(mutation.scenario), mutation) for mutation in mutations]
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(whole) + len(cut) or 1)) as pool:
+    count = min(os.cpu_count() or 1, len(whole) + len(cut) or 1)
+    # Millions of states, none of them garbage before the end of their search.
+    with ProcessPoolExecutor(count, initializer=gc.disable) as pool:
         jobs = [pool.submit(check, where, model, what) for where, what in [*whole, *cut]]
         return [job.result() for job in jobs]
 
 
-def explain(where: Scenario, finding: Finding) -> list[str]:
+def explain(where: Scenario, vis: Vis, finding: Finding) -> list[str]:
     """The counter-example, one line a step: who, the step's label, what, and memory after it."""
     cpus = [f"cpu {n}" for n in range(len(where.cpus))]
     names = [*cpus, *(f"device {n}" for n in range(len(where.devices)))]
-    scripts = (*where.cpus, *where.devices)
-    lines = [f"{name:<9} runs: {script}" for name, script in zip(names, scripts, strict=True)]
-    rows = [(names[step.agent], *_words(step, where.vectors)) for step in finding.steps]
+    lines = [f"{name:<9} runs: {script}" for name, script in zip(names, vis.scripts, strict=True)]
+    rows = [(names[step.agent], *_words(step, vis)) for step in finding.steps]
     width = max((len(text) for _, _, text, _ in rows), default=0)
     for n, (who, label, text, memory) in enumerate(rows, 1):
         lines.append(f"{n:>3} {who:<9} {label:<5} {text:<{width}} | {memory}")
     return [*lines, f"    {finding.rule}: {finding.text}"]
 
 
-def _words(step: Step, vectors: int) -> tuple[str, str, str]:
+def _words(step: Step, vis: Vis) -> tuple[str, str, str]:
     op, result = step.op, step.result
     if op is None:
-        label, text = "", _drained(result[0], result[1], vectors)
+        label, text = "", _drained(result[0], result[1], vis)
     else:
         label, text = op.label, op.text
-        if isinstance(op, Load | Rmw):
-            text += f" -> {_value(op.loc, op.mask, result, vectors)}"
+        if isinstance(op, Load):
+            text += f" -> {_value(op.loc, op.mask, result, vis)}"
         elif text.startswith("look for"):
-            word = MASK if "mask" in text else ENTRIES
-            text += f" -> {'none' if result is None else _value(word, 1, result, vectors)}"
+            entry = "entry" in text
+            text += f" -> {entry_name(result) if entry and result is not None else result}"
         elif result is False:
             text += " -> no"
         if step.early:
             text += " (loaded early)"
-    return label, text, _memory(step.memory, step.world, vectors)
+    return label, text, _memory(step.memory, vis)
 
 
-def _value(loc: int, mask: int, value: int | None, vectors: int) -> str:
+def _value(loc: int, mask: int, value: int | None, vis: Vis) -> str:
     if value is None:  # the step that breaks a rule returns nothing
         return "?"
-    if loc >= ENTRIES:
+    area, _ = divmod(loc, vis.vectors)
+    if area == ENTRIES:
         half = {ADDRESS: value >> 4, DATA: value}.get(mask)
         return entry_name(value if half is None else half * 0x11)
-    return f"{value:0{vectors}b}" if mask == -1 else str(int(value != 0))
+    return str(value if mask == -1 else int(value != 0))
 
 
-def _drained(entry: tuple[int, Any, int, int], word: str, vectors: int) -> str:
+def _drained(entry: tuple[int, Any, int, int], word: str, vis: Vis) -> str:
     loc, value, mask, _ = entry
     if loc == MESSAGE:
         vector, sent = value
         end = {"handled": ": handler runs", "vanishes": ": nobody there, it vanishes"}
         return f"message of {vector} reaches {entry_name(sent)}{end.get(word, '')}"
-    if loc >= ENTRIES:
+    if loc // vis.vectors == ENTRIES:
         part = {ADDRESS: " (address)", DATA: " (data)"}.get(mask, "")
-        return f"store reaches memory: entry {loc - ENTRIES} = {entry_name(value)}{part}"
-    return f"store reaches memory: {WORDS[loc]} word = {value:0{vectors}b}"
+        return f"store reaches memory: {vis.name(loc)} = {entry_name(value)}{part}"
+    return f"store reaches memory: {vis.name(loc)} = {value}"
 
 
-def _memory(memory: tuple[int, ...], world: World, vectors: int) -> str:
-    mask, pending = (world.old[0], world.old[2]) if world.old else (memory[MASK], memory[PENDING])
-    entries = " ".join(entry_name(entry) for entry in memory[ENTRIES:])
-    text = f"mask {mask:0{vectors}b} pending {pending:0{vectors}b} entries {entries}"
-    cached = (memory[ENTRY_CACHED], memory[MASK_CACHED])
-    if any(cached):
-        text += f" cached {cached[0]:0{vectors}b} {cached[1]:0{vectors}b}"
-    return text
+def _memory(memory: tuple[int, ...], vis: Vis) -> str:
+    areas = {"mask": MASK, "pending": PENDING, "cached": CACHED}
+    words = []
+    for name, area in areas.items():
+        if area != CACHED or vis.cached:
+            values = (str(vis.is_set(memory, area, v)) for v in range(vis.vectors))
+            words.append(f"{name} {' '.join(values)}")
+    first, last = ENTRIES * vis.vectors, (ENTRIES + 1) * vis.vectors
+    words.append("entry " + " ".join(entry_name(entry) for entry in memory[first:last]))
+    if vis.queues:
+        words.append("used " + " ".join(str(used) for used in memory[last:]))
+    return "  ".join(words)

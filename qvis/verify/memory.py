@@ -9,11 +9,11 @@ one agent does to memory is weakened in two ways:
 * A load may be satisfied early: it returns any value that the location has had since the
   agent's last read or full barrier, but none older than what it has read or written there.
 
-An atomic read-modify-write acts on memory at once, and orders nothing else. Loads are not
-delayed beyond later stores: where the protocol has such a pair, a dependency orders it.
+Loads are not delayed beyond later stores: where the protocol has such a pair, a dependency
+orders it. There are no atomic read-modify-writes, as the protocol has none.
 
-The model ``tso`` is the x86 one: the store buffer is first in, first out, loads are never
-early, and a read-modify-write is a full barrier.
+The model ``tso`` is the x86 one: the store buffer is first in, first out, and loads are never
+early.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 __all__ = [
     "FULL", "MODELS", "READ", "WRITE", "Act", "Fence", "Finding", "Load", "Op", "Post", "Program",
-    "Result", "Rmw", "Step", "Store", "System", "ViolationError", "World",
+    "Result", "Step", "Store", "System", "ViolationError", "World",
 ]  # fmt: skip
 
 FULL, READ, WRITE = "full barrier", "read barrier", "write barrier"
@@ -48,7 +48,7 @@ class World(Protocol):
     def access(self, agent: int) -> None:
         """``agent`` touches memory. Raises :class:`ViolationError` if it may not."""
 
-    def arrive(self, message: Any) -> tuple[World, str]:
+    def arrive(self, message: Any, memory: tuple[int, ...]) -> tuple[World, str]:
         """A posted message leaves the store buffer; and a word for what became of it."""
 
 
@@ -77,16 +77,6 @@ class Store(Op):
     value: int
     mask: int = ALL
     own: int = ALL
-    then: Callable[[Any], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Rmw(Op):
-    """Sets or clears the bits of ``mask`` and returns what they were."""
-
-    loc: int
-    mask: int
-    to: bool
     then: Callable[[Any], Any] | None = None
 
 
@@ -187,7 +177,7 @@ def _compile(program: Callable[[], Program], weak: bool, constant: frozenset[int
 
 def _domain(op: Op) -> tuple[Any, ...]:
     match op:
-        case Load(domain=(), mask=mask) | Rmw(mask=mask):
+        case Load(domain=(), mask=mask):
             return (0, mask)
         case Load(domain=domain) | Act(domain=domain):
             return domain
@@ -342,7 +332,7 @@ class System:
             mine = _put(agents, i, (at, rest, stale))
             try:
                 if loc == MESSAGE:
-                    told, word = world.arrive(value)
+                    told, word = world.arrive(value, memory)
                     yield i, None, (entry, word), (memory, mine, told)
                     continue
                 new = _merge(memory[loc], entry)
@@ -378,16 +368,6 @@ class System:
                 put = (*buffer, (loc, value, mask, own))
                 moved = self._go(agents, i, None, put, stale)
                 yield i, op, None, (memory, moved, then(world) if then else world)
-            case Rmw(loc=loc, mask=mask, to=to, then=then):
-                if any(entry is None or entry[0] == loc or not self.weak for entry in buffer):
-                    return
-                world.access(i)
-                old = memory[loc]
-                new = old | mask if to else old & ~mask
-                if then:
-                    world = then(world)
-                moved = self._go(agents, i, old & mask, buffer, stale)
-                yield i, op, old & mask, (*self._write(memory, moved, i, loc, new), world)
             case Fence(kind=kind):
                 if kind == FULL and buffer:
                     return
@@ -474,7 +454,7 @@ def _merge(old: int, entry: tuple[int, Any, int, int]) -> int:
     _, value, mask, own = entry
     new = (old & ~mask) | (int(value) & mask)
     if (new ^ old) & ~own:
-        raise ViolationError("clobbered", "a store changes the bit of another vector")
+        raise ViolationError("clobbered", "a store undoes what another vector's has written")
     return new
 
 

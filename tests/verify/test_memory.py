@@ -18,7 +18,6 @@ from qvis.verify.memory import (
     Load,
     Post,
     Program,
-    Rmw,
     Store,
     System,
 )
@@ -37,7 +36,7 @@ class Notes:
     def access(self, agent: int) -> None:
         pass
 
-    def arrive(self, message: Any) -> tuple[Notes, str]:
+    def arrive(self, message: Any, memory: tuple[int, ...]) -> tuple[Notes, str]:
         return replace(self, arrived=(*self.arrived, message)), "arrived"
 
 
@@ -145,50 +144,46 @@ def test_an_agent_sees_its_own_stores_at_once() -> None:
     assert outcomes(program) == {(2,)}
 
 
-def increment(atomic: bool, bit: int) -> Callable[[], Program]:
+def set_bit(loc: int, bit: int) -> Callable[[], Program]:
+    """A plain load, and a plain store of the whole word."""
+
     def program() -> Program:
-        if atomic:
-            yield Rmw("", "set", X, bit, True)
-        else:
-            old = yield load(X)
-            yield store(X, old | bit)
+        old = yield load(loc)
+        yield store(loc, old | bit)
 
     return program
 
 
-def test_atomic_changes_of_one_word_are_not_lost_and_others_can_be() -> None:
-    def words(atomic: bool) -> set[int]:
-        programs = (increment(atomic, 1), increment(atomic, 2))
-        return {memory[X] for memory, _ in System((0, 0), programs, Notes()).search().ends}
-
-    assert words(True) == {3}
-    assert words(False) == {1, 2, 3}
+def test_plain_stores_undo_each_other_in_one_word_and_not_in_two() -> None:
+    one = System((0, 0), (set_bit(X, 1), set_bit(X, 2)), Notes()).search()
+    assert {memory[X] for memory, _ in one.ends} == {1, 2, 3}
+    two = System((0, 0), (set_bit(X, 1), set_bit(Y, 1)), Notes()).search()
+    assert {memory for memory, _ in two.ends} == {(1, 1)}
 
 
-def test_only_one_of_two_takes_a_bit() -> None:
-    def taker(name: str) -> Callable[[], Program]:
-        def program() -> Program:
-            taken = yield Rmw("", "clear", X, 1, False)
-            yield note(name, taken)
-
-        return program
-
-    result = System((1, 0), (taker("a"), taker("b")), Notes()).search()
-    assert {tuple(v for _, v in world.seen) for _, world in result.ends} == {(0, 1), (1, 0)}
-
-
-@pytest.mark.parametrize(("model", "ordered"), [("weak", False), ("tso", True)])
-def test_an_atomic_change_orders_nothing_else_but_on_tso(model: str, ordered: bool) -> None:
-    def program(own: int, other: int, name: str) -> Callable[[], Program]:
+def test_a_store_that_undoes_what_another_wrote_is_found_where_it_says_what_is_its_own() -> None:
+    def program(bit: int) -> Callable[[], Program]:
         def run() -> Program:
-            yield Rmw("", "set", own, 1, True)
-            seen = yield load(other)
-            yield note(name, seen)
+            old = yield load(X)
+            yield Store("", "store", X, old | bit, own=bit)
 
         return run
 
-    both = outcomes(program(X, Y, "a"), program(Y, X, "b"), model=model)
-    assert ((0, 0) in both) is not ordered
+    finding = System((0, 0), (program(1), program(2)), Notes()).search().finding
+    assert finding is not None
+    assert finding.rule == "clobbered"
+
+
+def test_stores_to_two_places_arrive_in_any_order_but_behind_a_write_barrier() -> None:
+    def watcher() -> Program:
+        second = yield load(Y)
+        yield from fence(READ)
+        first = yield load(X)
+        yield note("a", second)
+        yield note("b", first)
+
+    assert (1, 0) in outcomes(sender(""), watcher)
+    assert (1, 0) not in outcomes(sender(WRITE), watcher)
 
 
 def test_a_control_dependency_does_not_order_loads() -> None:

@@ -14,10 +14,12 @@ from qvis.verify.memory import ViolationError
 from qvis.verify.protocol import OFF, Begun, Vis, World, entry_of, may_send
 from qvis.verify.scenarios import MUTATIONS, SCENARIOS, Mutation, scenario
 
-FAST = ("unmask", "retarget once", "mask, unmask", "set up", "there and back", "reset",
-        "two vectors, two CPUs", "three vectors, two CPUs", "entry copy, masked retarget",
-        "mask copy, unmask", "both copies, reset")  # fmt: skip
-SMALL = ("unmask", "retarget once", "mask, unmask", "set up", "mask copy, unmask", "there and back")
+FAST = ("unmask", "retarget once", "mask, unmask", "set up", "enable", "fence, then free",
+        "one vector, two CPUs", "three vectors, two CPUs", "there and back, fence for R4",
+        "there and back, targets kept", "mask copy, unmask", "both copies, reset")  # fmt: skip
+WIDE = ("mask, unmask", "retarget once", "enable", "there and back", "mask copy, unmask",
+        "both copies, reset")  # fmt: skip
+SMALL = ("unmask", "retarget once", "unmask, two fires", "mask copy, unmask")
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -41,10 +43,42 @@ def test_each_mutation_does_on_x86_what_the_table_says(mutation: Mutation) -> No
 
 def test_all_steps_are_taken_somewhere_and_messages_do_get_lost() -> None:
     labels: set[str] = set()
-    for name in (*FAST, "mask copy"):
+    for name in WIDE:
         labels |= check(scenario(name)).labels
-    steps = {"M1", "M2", "M3", "U0", "U1", "U2", "U3", "U3b", "U4", "R1", "R2", "R3", "R4"}
-    steps |= {"F0", "F1", "F2", "F3", "F4", "F6", "F7", "F8", "F9", "F10", "F11"}
+    steps = {
+        "M1",
+        "M2",
+        "M3",
+        "E1",
+        "E2",
+        "U0",
+        "U1",
+        "U2",
+        "U3",
+        "U3b",
+        "U4",
+        "U4w",
+        "R1",
+        "R2",
+        "R3",
+        "R4",
+    }
+    steps |= {
+        "F0",
+        "F0r",
+        "F0w",
+        "F1",
+        "F2",
+        "F3",
+        "F4",
+        "F6",
+        "F6w",
+        "F7",
+        "F8",
+        "F9",
+        "F10",
+        "F11",
+    }
     steps |= {"C1", "C2", "C3", "C4", "C5", "D1", "D2", "D3"}
     assert steps <= labels
     assert {"handled", "vanishes"} <= labels
@@ -67,8 +101,15 @@ def test_what_is_done_soon_hides_nothing(name: str) -> None:
         assert mutation is not None or long.states > short.states
 
 
+VIS = Vis(1, ("unmask 0", "fire 0"))
+
+
+def memory(mask: int = 0, pending: int = 0, used: int = 0) -> tuple[int, ...]:
+    return (mask, pending, 0, entry_of("A"), used)
+
+
 def world() -> World:
-    return Vis(1).world(2, 0b10, 0, "A")
+    return VIS.world(0, "A")
 
 
 def fired(quiet: bool = False, old: int = 0) -> World:
@@ -78,15 +119,16 @@ def fired(quiet: bool = False, old: int = 0) -> World:
 @pytest.mark.parametrize(
     ("rule", "bad"),
     [
-        ("lost", lambda: Vis(1).finish((0, 0, 0, 0, 0x11), world()._replace(owed=1))),
-        ("lost", lambda: Vis(1).finish((1, 0, 0, 0, 0x11), world()._replace(owed=1))),
-        ("lost", lambda: Vis(1).finish((0, 1, 0, 0, 0x11), world()._replace(owed=1))),
+        ("lost", lambda: VIS.finish(memory(used=1), world())),
+        ("lost", lambda: VIS.finish(memory(mask=1, used=1), world())),
+        ("lost", lambda: VIS.finish(memory(pending=1, used=1), world())),
         ("torn", lambda: may_send(0, 0x12)(fired(), 1)),
         ("torn", lambda: may_send(0, 0)(fired(), 1)),
         ("masked", lambda: may_send(0, entry_of("A"))(fired(quiet=True), 1)),
         ("old target", lambda: may_send(0, entry_of("A"))(fired(old=0b10), 1)),
         ("reset", lambda: world()._replace(status=OFF).access(1)),
-        ("reset", lambda: world()._replace(status=OFF).arrive((0, 0x11))),
+        ("reset", lambda: world()._replace(status=OFF).arrive((0, 0x11), memory())),
+        ("fence", lambda: world()._replace(freed=1).arrive((0, 0x11), memory())),
     ],
 )
 def test_each_property_sees_a_bad_state(rule: str, bad: Callable[[], object]) -> None:
@@ -96,13 +138,21 @@ def test_each_property_sees_a_bad_state(rule: str, bad: Callable[[], object]) ->
 
 
 def test_a_good_state_breaks_nothing() -> None:
-    Vis(1).finish((1, 1, 0, 0, 0x11), world()._replace(owed=1))
-    Vis(1).finish((0, 0, 0, 0, 0x11), world()._replace(owed=1, status=OFF))
+    VIS.finish(memory(mask=1, pending=1, used=1), world())
+    VIS.finish(memory(used=1), world()._replace(status=OFF))
     may_send(0, entry_of("A"))(fired(old=0b100), 1)
     world().access(1)
     world()._replace(status=OFF).access(0)
-    assert world()._replace(owed=1).arrive((0, 0x11))[0].owed == 0
-    assert world()._replace(owed=1).arrive((0, 0x22))[0].owed == 1
+
+
+def test_a_handler_finds_what_is_used_when_its_message_arrives_where_somebody_listens() -> None:
+    heard, word = world().arrive((0, entry_of("A")), memory(used=1))
+    assert (heard.seen, word) == ((1,), "handled")
+    VIS.finish(memory(used=1), heard)
+    early, _ = world().arrive((0, entry_of("A")), memory(used=0))
+    with pytest.raises(ViolationError):
+        VIS.finish(memory(used=1), early)
+    assert world().arrive((0, entry_of("B")), memory(used=1)) == (world(), "vanishes")
 
 
 def test_a_counter_example_names_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
