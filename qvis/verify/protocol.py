@@ -3,8 +3,9 @@
 
 ``M1`` to ``R4`` are the driver's, ``F0`` to ``F11`` a fire of the device, ``C1`` to ``C5`` the
 device's keeping of copies (docs/virtio-interrupts.md, 5.3 to 5.5); ``E1`` and ``E2`` enable,
-``D1`` to ``D3`` reset. A program asks ``self.has(step)`` before a step that a mutation may take
-out; all else is the protocol.
+``D1`` to ``D3`` reset. ``fire_marked`` is another device, whose copies last for one fire; where
+it runs, more must hold (``strict``). A program asks ``self.has(step)`` before a step that a
+mutation may take out; all else is the protocol.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TARGETS = "-ABC"
 # VIS is enabled; being disabled; disabled, and the storage freed; not enabled yet
 ON, CLOSING, OFF, BEFORE = range(4)
 NOBODY = (None, None)
+FIRES = ("fire", "fire_marked")
 
 
 def target(entry: int) -> int:
@@ -55,6 +57,7 @@ class Begun(NamedTuple):
     quiet: bool  # send: its vector was masked, and no unmask has begun since
     old: int  # send to one of these targets: the vector had left them
     held: tuple[int | None, int | None] = NOBODY  # a copy that it uses although it is given up
+    pended: bool = False  # it has set pending (kept if strict)
 
 
 class World(NamedTuple):
@@ -76,6 +79,8 @@ class World(NamedTuple):
     status: int = ON
     locks: int = 0  # driver's lock of vector v: bit v; the device's: bit v + 8
     done: bool = False  # the other CPU has come to its end
+    strict: bool = False  # no message of before a change may come after it, nor one twice
+    pended: int = 0  # vectors set pending, and not delivered since (kept if strict)
     old: tuple[int, ...] = ()  # the layout of 2019: mask word, what was noticed, pending, shadows
 
     def access(self, agent: int) -> None:
@@ -90,6 +95,7 @@ class World(NamedTuple):
             raise ViolationError("reset", "a message arrives after the reset has completed")
         if self.freed >> vector & 1:
             raise ViolationError("fence", f"a message of {vector} arrives after mask and a fence")
+        self.in_time(vector, entry)
         if self.dead[vector] >> target(entry) & 1:
             return self, "vanishes"
         world = self
@@ -97,6 +103,15 @@ class World(NamedTuple):
             if v == vector:
                 world = world.found(queue, memory[loc])
         return world, "handled"
+
+    def in_time(self, vector: int, entry: int) -> None:
+        """If strict: no message after the change that it should have heeded, of whatever fire."""
+        if self.strict and self.quiet >> vector & 1:
+            raise ViolationError("late", f"a message of {vector} after mask has returned")
+        if self.strict and self.past[vector] >> target(entry) & 1:
+            raise ViolationError(
+                "late", f"a message of {vector} to {entry_name(entry)} after retarget has returned"
+            )
 
     def found(self, queue: int, used: int) -> World:
         """A handler has read that so many buffers of ``queue`` are used."""
@@ -128,6 +143,9 @@ def may_send(vector: int, entry: int) -> Callable[[World, int], None]:
             raise ViolationError(
                 "old target", f"vector {vector} had left {entry_name(entry)} before the fire began"
             )
+        world.in_time(vector, entry)
+        if fire and fire.pended and not world.pended >> vector & 1:
+            raise ViolationError("twice", f"the driver has taken this interrupt of {vector}")
 
     return check
 
@@ -146,7 +164,8 @@ class Vis:
         self.vectors = vectors
         self.scripts = scripts
         self.cuts = frozenset(cut.split())
-        self.cached = any("attach" in script for script in scripts)
+        self.strict = any("fire_marked" in script for script in scripts)
+        self.cached = self.strict or any("attach" in script for script in scripts)
         self.rounds = 9 if self.has("rounds") else 2
         shared = (n for n, area in enumerate(AREAS) if not self.has(f"bits-{area}"))
         self.shared = next(shared, None)
@@ -155,7 +174,7 @@ class Vis:
         torn = any(name.startswith("entry-") for name in self.cuts)
         self.entries = tuple(halves if torn else pairs)
         lines = [(n, line.split()) for n, all_ in enumerate(scripts) for line in all_.split(";")]
-        self.fires = [(n, int(words[1])) for n, words in lines if words[0] == "fire"]
+        self.fires = [(n, int(words[1])) for n, words in lines if words[0] in FIRES]
         self.queues = sorted(set(self.fires))
 
     def has(self, step: str) -> bool:
@@ -169,7 +188,7 @@ class Vis:
             done.append(line.strip())
             verb, *words = line.split()
             arguments = [int(word) if word.isdigit() else word for word in words]
-            if verb == "fire":
+            if verb in FIRES:
                 arguments += [agent, done.count(line.strip())]
             yield from getattr(self, verb)(*arguments)
 
@@ -223,7 +242,15 @@ class Vis:
 
     def raise_locally(self, label: str, v: int) -> Program:
         """The handler runs at once and on this CPU: later or elsewhere it only sees more."""
-        yield Act(label, f"raise {v} locally: handler runs", lambda w, i: (w, None), soon=True)
+
+        def taken(world: World, agent: int) -> tuple[World, None]:
+            if label != "U4" or not world.strict:
+                return world, None
+            if not world.pended >> v & 1:
+                raise ViolationError("twice", f"nothing of {v} is pending but what was delivered")
+            return world._replace(pended=world.pended & ~(1 << v)), None
+
+        yield Act(label, f"raise {v} locally: handler runs", taken, soon=True)
         for queue, (agent, vector) in enumerate(self.queues):
             if vector != v:
                 continue
@@ -348,7 +375,7 @@ class Vis:
 
     def doorbell(self, label: str, v: int) -> Program:
         yield from self.refresh(label, v)
-        if self.has("C4-wait"):
+        if self.has("C4-wait") and not self.strict:
             yield Act("C4", f"device: fires of {v} under way have ended",
                       lambda w, i: None if w.awaited[i] else (w, None))  # fmt: skip
 
@@ -356,6 +383,8 @@ class Vis:
         def ring(world: World, agent: int) -> tuple[World, int] | None:
             mask, entry = world.copies[v]
             kept = (mask is not None) + 2 * (entry is not None)
+            if not self.has("C4-lock"):
+                return world, kept
             locked = self.take("", 1 << v + 8).do(world, agent)
             return locked and (locked[0], kept)
 
@@ -372,8 +401,12 @@ class Vis:
             mask = mask if new_mask is None else new_mask
             entry = entry if new_entry is None else new_entry
             copies = _set(world.copies, v, (mask, entry) if world.status == ON else NOBODY)
-            awaited = _set(world.awaited, agent, world.under_way(v))
-            locks = world.locks & ~(1 << v + 8)
+            awaited = world.awaited
+            if not self.strict:
+                awaited = _set(awaited, agent, world.under_way(v))
+            locks = world.locks
+            if self.has("C4-lock"):
+                locks &= ~(1 << v + 8)
             return world._replace(copies=copies, locks=locks, awaited=awaited), None
 
         yield Act("C4", f"device: copy of {v} is refreshed", answer)
@@ -382,9 +415,57 @@ class Vis:
 
     def fire(self, v: int, agent: int, number: int) -> Program:
         """The ``number``-th buffer of this thread's queue is used."""
-        begun = yield Act("F0", f"fire {v}: begins", self._begin(v), (False, True))
+        begun = yield from self.use(v, agent, number)
         if not begun:
             return
+        for _round in range(self.rounds):
+            if not (yield from self.deliver(v, agent)):
+                break
+        yield self._ends(v)
+
+    def fire_marked(self, v: int, agent: int, number: int) -> Program:
+        """The same by a device whose copies last for one fire, of which a vector has one at a time.
+
+        A doorbell waits for the vector's lock, and has nothing to bring up to date.
+        """
+        if not self.has("marks"):
+            yield from self.fire(v, agent, number)
+            return
+        begun = yield from self.use(v, agent, number)
+        if not begun:
+            return
+        open_ = True
+        if self.has("fire-lock"):
+            open_ = yield self.enter(v)
+            yield Fence("", "(taking a lock: read barrier)", READ)
+        if open_:
+            yield from self.deliver_marked(v, agent)
+            if self.has("fire-lock"):
+                yield self.leave(f"device's lock of {v}", 1 << v + 8)
+        yield self._ends(v, drained=True)
+
+    def deliver_marked(self, v: int, agent: int) -> Program:
+        if self.has("C1"):
+            yield from self.write("C1", CACHED, v, ENTRY_BIT | MASK_BIT)
+        if self.has("C2"):
+            yield Fence("C2", FULL, FULL)
+        masked = yield self.read("C3", MASK, v)
+        if self.has("C3r"):
+            yield Fence("C3r", READ, READ)
+        entry = yield self.whole_entry("C3", v)
+        if masked:
+            yield from self.write("F2", PENDING, v, 1, self._pends(v, agent))
+        else:
+            yield Post("F9", f"send {entry_name(entry)}", (v, entry), may_send(v, entry))
+        if self.has("C5w"):
+            yield Fence("C5w", FULL, FULL)
+        yield from self.write("C5", CACHED, v, 0)
+
+    def use(self, v: int, agent: int, number: int) -> Program:
+        """F0: a buffer is used, unless VIS is not enabled."""
+        begun = yield Act("F0", f"fire {v}: begins", self._begin(v), (False, True))
+        if not begun:
+            return False
         loc = self.used(agent, v)
         yield Store("F0", f"write {self.name(loc)} := {number}", loc, number)
         if "F0-full" in self.cuts:
@@ -393,15 +474,24 @@ class Vis:
             yield Fence("F0r", f"(the queue's {READ})", READ)
         if self.has("F0w"):
             yield Fence("F0w", f"(the queue's {WRITE})", WRITE)
-        for _round in range(self.rounds):
-            if not (yield from self.deliver(v)):
-                break
+        return True
 
+    def _ends(self, v: int, drained: bool = False) -> Act:
         def ends(world: World, agent: int) -> tuple[World, None]:
             awaited = tuple(a & ~(1 << agent) for a in world.awaited)
             return world._replace(fires=_set(world.fires, agent, None), awaited=awaited), None
 
-        yield Act("", f"fire {v}: ends", ends, soon=True)
+        return Act("", f"fire {v}: ends", ends, soon=True, drained=drained)
+
+    def _pends(self, v: int, agent: int) -> Callable[[World], World]:
+        def pends(world: World) -> World:
+            fire = world.fires[agent]
+            if not world.strict or fire is None:
+                return world
+            fires = _set(world.fires, agent, fire._replace(pended=True))
+            return world._replace(fires=fires, pended=world.pended | 1 << v)
+
+        return pends
 
     def _begin(self, v: int) -> Callable[[World, int], tuple[World, bool]]:
         def begin(world: World, agent: int) -> tuple[World, bool]:
@@ -412,11 +502,11 @@ class Vis:
 
         return begin
 
-    def deliver(self, v: int) -> Program:
+    def deliver(self, v: int, agent: int) -> Program:
         """F1 to F11, once. True: the entry has changed meanwhile."""
         taken = 0
         if (yield from self.see_mask("F1", v)):
-            yield from self.write("F2", PENDING, v, 1)
+            yield from self.write("F2", PENDING, v, 1, self._pends(v, agent))
             if self.has("F3"):
                 yield Fence("F3", FULL, FULL)
             if not self.has("F4") or (yield from self.see_mask("F4", v)):
@@ -612,6 +702,7 @@ class Vis:
             queues=tuple((self.used(agent, v), v) for agent, v in self.queues),
             seen=(0,) * len(self.queues),
             quiet=masked,
+            strict=self.strict,
             status=BEFORE if any("enable" in script for script in self.scripts) else ON,
         )
 
@@ -699,7 +790,7 @@ class Layout2019(Vis):
             entry = yield from self.see_entry("pending", due)
             yield Post("pending", f"send {entry_name(entry)}", (due, entry), may_send(due, entry))
 
-    def deliver(self, v: int) -> Program:
+    def deliver(self, v: int, agent: int) -> Program:
         def look(world: World, agent: int) -> tuple[World, bool]:
             return world, bool(world.old[1] >> v & 1)
 

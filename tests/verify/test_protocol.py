@@ -10,16 +10,20 @@ import pytest
 
 from qvis.cli import main
 from qvis.verify.check import build, check
-from qvis.verify.memory import ViolationError
+from qvis.verify.memory import Act, ViolationError
 from qvis.verify.protocol import OFF, Begun, Vis, World, entry_of, may_send
 from qvis.verify.scenarios import MUTATIONS, SCENARIOS, Mutation, scenario
 
 FAST = ("unmask", "retarget once", "mask, unmask", "set up", "enable", "fence, then free",
         "one vector, two CPUs", "three vectors, two CPUs", "there and back, fence for R4",
-        "there and back, targets kept", "mask copy, unmask", "both copies, reset")  # fmt: skip
+        "there and back, targets kept", "mask copy, unmask", "both copies, reset",
+        "marked: unmask", "marked: set up", "marked: mask, unmask", "marked: mask, unmask twice",
+        "marked: there and back", "marked: two vectors, two CPUs",
+        "marked: two vectors, two threads", "marked: reset")  # fmt: skip
 WIDE = ("mask, unmask", "retarget once", "enable", "there and back", "mask copy, unmask",
-        "both copies, reset")  # fmt: skip
-SMALL = ("unmask", "retarget once", "unmask, two fires", "mask copy, unmask")
+        "both copies, reset", "marked: mask, unmask")  # fmt: skip
+SMALL = ("unmask", "retarget once", "unmask, two fires", "mask copy, unmask", "marked: unmask",
+         "marked: mask, unmask")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -79,7 +83,7 @@ def test_all_steps_are_taken_somewhere_and_messages_do_get_lost() -> None:
         "F10",
         "F11",
     }
-    steps |= {"C1", "C2", "C3", "C4", "C5", "D1", "D2", "D3"}
+    steps |= {"C1", "C2", "C3", "C3r", "C4", "C5", "C5w", "D1", "D2", "D3"}
     assert steps <= labels
     assert {"handled", "vanishes"} <= labels
 
@@ -101,6 +105,7 @@ def test_what_is_done_soon_hides_nothing(name: str) -> None:
         assert mutation is not None or long.states > short.states
 
 
+MARKED = Vis(1, ("mask 0", "fire_marked 0"))
 VIS = Vis(1, ("unmask 0", "fire 0"))
 
 
@@ -110,6 +115,16 @@ def memory(mask: int = 0, pending: int = 0, used: int = 0) -> tuple[int, ...]:
 
 def world() -> World:
     return VIS.world(0, "A")
+
+
+def strict() -> World:
+    return MARKED.world(0, "A")
+
+
+def raised(world: World) -> object:
+    act = next(MARKED.raise_locally("U4", 0))
+    assert isinstance(act, Act)
+    return act.do(world, 0)
 
 
 def fired(quiet: bool = False, old: int = 0) -> World:
@@ -128,6 +143,16 @@ def fired(quiet: bool = False, old: int = 0) -> World:
         ("old target", lambda: may_send(0, entry_of("A"))(fired(old=0b10), 1)),
         ("reset", lambda: world()._replace(status=OFF).access(1)),
         ("reset", lambda: world()._replace(status=OFF).arrive((0, 0x11), memory())),
+        ("late", lambda: strict()._replace(quiet=1).arrive((0, 0x11), memory())),
+        ("late", lambda: strict().arrive((0, entry_of("B")), memory())),
+        ("late", lambda: may_send(0, entry_of("B"))(strict(), 1)),
+        ("twice", lambda: raised(strict())),
+        (
+            "twice",
+            lambda: may_send(0, 0x11)(
+                strict()._replace(fires=(None, Begun(0, False, 0, pended=True))), 1
+            ),
+        ),
         ("fence", lambda: world()._replace(freed=1).arrive((0, 0x11), memory())),
     ],
 )
@@ -143,6 +168,13 @@ def test_a_good_state_breaks_nothing() -> None:
     may_send(0, entry_of("A"))(fired(old=0b100), 1)
     world().access(1)
     world()._replace(status=OFF).access(0)
+
+
+def test_a_message_in_time_and_one_raise_for_one_pending_are_good() -> None:
+    strict().arrive((0, entry_of("A")), memory())
+    assert raised(strict()._replace(pended=1)) == (strict(), None)
+    world()._replace(quiet=1).arrive((0, entry_of("A")), memory())
+    raised(world())
 
 
 def test_a_handler_finds_what_is_used_when_its_message_arrives_where_somebody_listens() -> None:
