@@ -111,6 +111,7 @@ struct vector {
 	long long moved_at;
 	uint64_t moved_interrupts;
 	bool own_mask;			/* it is masked, whatever mask_gen says */
+	unsigned long settling;		/* this request gets no help by another unmask */
 
 	/* written by the loader */
 	_Atomic unsigned long request;	/* the one in flight, 0 if there is none */
@@ -478,6 +479,13 @@ static bool write_text(int fd, const char *text)
 
 static bool mask(struct vector *v)
 {
+	/*
+	 * What an unmask has lost, the next one would find, and nobody would know. So
+	 * after some of them the request in flight has to end by itself.
+	 */
+	if (v->settling && v->settling == v->request)
+		return false;
+	v->settling = 0;
 	if (!write_text(v->chip_fd, "mask")) {
 		if (errno != EBUSY)
 			die("cannot mask irq %d", v->irq);
@@ -507,6 +515,7 @@ static void unmask(struct vector *v)
 		unmasks++;
 	}
 	v->own_mask = false;
+	v->settling = below(&v->disk->state, 4) ? 0 : v->request;
 	leaked = atomic_exchange(&v->leaked, 0);
 	if (busy)
 		forgiven_leaks += leaked;
