@@ -60,8 +60,8 @@ def default(region: str) -> Map:
 # virtio 1.3, 4.2.2 (table "MMIO Device Register Layout"), and from 0x0c4
 # docs/virtio-interrupts.md. A write to VisUpdate, VIS's doorbell, names a vector and not what
 # of it has changed: where the vector goes, as a rule, and its mask only when that meets an
-# interrupt, or a vector that KVM delivers. Interrupt storage is no register: what the driver and the device do there is
-# memory, and in no trace.
+# interrupt, or a vector that KVM delivers. Interrupt storage is no register: what the driver
+# and the device do there is memory, and in no trace.
 VIRTIO_MMIO = Map(
     (
         *_registers(
