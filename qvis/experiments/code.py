@@ -45,6 +45,7 @@ class Part:
     files: int  # sources, also those that another includes
     lines: Lines
     released: Lines  # of the same files before our series
+    released_files: int  # those of them that there were
     headers: int  # that nothing else in the program includes
     header_lines: Lines
     sizes: Sizes
@@ -146,6 +147,7 @@ def _part(what: Component, members: Sequence[ObjectFile], objects: Objects) -> P
         files=len(sources),
         lines=sum((files[source].lines for source in sources), Lines()),
         released=sum((files[source].released for source in sources), Lines()),
+        released_files=sum(files[source].released != Lines() for source in sources),
         headers=len(headers),
         header_lines=sum((files[header].lines for header in headers), Lines()),
         sizes=sum((one.sizes for one in members), Sizes()),

@@ -63,7 +63,10 @@ def _code(result: Footprint) -> Table:
         pci, mmio, talk = program.code.pci, program.code.mmio, TALK[name]
         was, now = mmio.released, mmio.lines
         for what, figures in (
-            ("files", (talk.pci_files, talk.mmio_files, pci.files, mmio.files, mmio.files)),
+            (
+                "files",
+                (talk.pci_files, talk.mmio_files, pci.files, mmio.released_files, mmio.files),
+            ),
             ("lines", (talk.pci_lines, talk.mmio_lines, pci.lines.all, was.all, now.all)),
             ("code lines", (None, None, pci.lines.code, was.code, now.code)),
             ("headers", (None, None, pci.headers, None, mmio.headers)),

@@ -169,6 +169,7 @@ def test_components_are_true_of_the_real_build(component: str, build: Callable[[
     code = count(component, objects)
     assert code.unclassified == ()
     assert code.mmio.files == (1 if component == "linux" else 2)
+    assert code.mmio.released_files == 1
     assert code.mmio.released.all < code.mmio.lines.all
     assert code.pci.lines.all > 5 * code.mmio.lines.all
 
