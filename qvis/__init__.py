@@ -24,17 +24,21 @@ from .errors import (
     UsageError,
 )
 from .transport import Transport
+from .x86 import Apic, Irqchip, Platform
 
 if TYPE_CHECKING:
     from .machine.machine import Machine, up
 
 __all__ = [
+    "Apic",
     "BootError",
     "BuildError",
     "GuestError",
     "InfraError",
+    "Irqchip",
     "LostMachineError",
     "Machine",
+    "Platform",
     "QvisError",
     "Transport",
     "UsageError",

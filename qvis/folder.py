@@ -27,10 +27,12 @@ from .paths import state_dir
 __all__ = ["Folder", "check_free", "claim", "find", "folders", "qmp_sockets", "running"]
 
 INITRD = "initrd.img"
+HOST_KEY = "host_key"  # of an emulated guest, private
+AUTHORIZED_KEYS = "authorized_keys"  # likewise
 CONSOLE_LOG = "console.log"
 CONSOLE_SOCKET = "console.sock"
 MIGRATION_SOCKET = "migration.sock"
-QEMU_LOG = "qemu.log"
+PROCESS_LOG = "process.log"  # what QEMU, say, printed
 LAUNCH = "launch.json"  # what the keeper is to start
 MACHINE = "machine.json"  # written when the machine is up
 TRACE_CONTROL = "trace.control"  # what the tracer in QEMU shares with `qvis trace`
@@ -132,7 +134,7 @@ class Folder:
         kept.mkdir(mode=0o700, exist_ok=True)
         stem = f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}-"
         target = Path(tempfile.mkdtemp(prefix=stem, dir=kept))
-        for name in (CONSOLE_LOG, QEMU_LOG, LAUNCH, EXIT):
+        for name in (CONSOLE_LOG, PROCESS_LOG, LAUNCH, EXIT):
             # What cannot be copied, on a full disk say, is not worth hiding the reason for it.
             with suppress(OSError):
                 shutil.copy2(self / name, target / name)

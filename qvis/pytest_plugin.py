@@ -12,7 +12,8 @@ Installed with qvis and found by pytest by itself (entry point ``pytest11``)::
 
 The marker's arguments are those of :func:`qvis.up`. A machine is shared by the
 tests of a module that ask for the same, so leave it as you found it. On TCG
-nothing exits: what is counted there are the accesses that would.
+nothing exits: what is counted there are the accesses that would. With
+``--qvis-backend emulated`` no build, no QEMU and no KVM is needed.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("qvis")
     group.addoption(
         "--qvis-backend", default="auto", metavar="NAME",
-        help="backend of qvis_machine: auto, kvm or tcg (default: auto)",
+        help="backend of qvis_machine: auto, kvm, tcg or emulated (default: auto)",
     )  # fmt: skip
 
 

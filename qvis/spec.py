@@ -9,10 +9,11 @@ from typing import Any
 
 from .errors import UsageError
 from .transport import Transport
+from .x86 import Apic, Irqchip, Platform
 
 __all__ = ["MachineSpec", "parse_memory"]
 
-MAX_CPUS = 255  # microvm's APIC IDs are 8 bits wide without an interrupt remapper
+MAX_CPUS = 1024
 MAX_QUEUES = 256
 MIN_MEMORY = 128  # MiB; less does not hold the kernel, the initramfs and SSH
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
@@ -23,7 +24,10 @@ class MachineSpec:
     """A guest: ``memory`` is in MiB, ``queues`` is per virtio-blk device.
 
     With ``icount`` its time is the instructions that it executes, so that a run
-    can be repeated to the instruction (QEMU's ``-icount``; TCG only).
+    can be repeated to the instruction (QEMU's ``-icount``; TCG only). ``platform``
+    is what of x86's interrupt hardware there is, None for what the backend has, and
+    ``costs`` a file with what exits cost, of ``qvis calibrate``; both are for
+    backends that model them, and each backend may have narrower bounds.
 
     Raises :class:`UsageError`, naming the bound, for a value out of range.
     """
@@ -34,6 +38,8 @@ class MachineSpec:
     memory: int = 512
     queues: int = 2
     icount: bool = False
+    platform: Platform | None = None
+    costs: str | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -54,6 +60,9 @@ class MachineSpec:
         """The specification that :meth:`to_json` wrote."""
         # One that an older qvis wrote lacks what is newer, which then is as if not asked for.
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        if platform := known.get("platform"):
+            irqchip, apic = Irqchip(platform["irqchip"]), Apic(platform["apic"])
+            known["platform"] = Platform(**{**platform, "irqchip": irqchip, "apic": apic})
         return cls(**{**known, "transport": Transport(known["transport"])})
 
 

@@ -76,9 +76,9 @@ def gone(text: str, wait: float = 10.0) -> bool:
     return True
 
 
-@pytest.fixture(scope="session", params=["tcg", "kvm"])
+@pytest.fixture(scope="session", params=["tcg", "kvm", "emulated"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that runs real guests; one that does not work here is skipped, with why."""
+    """Each backend; one that does not work here is skipped, with why."""
     name: str = request.param
     probe = backends.available()[name].probe()
     if not probe.works:

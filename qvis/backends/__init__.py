@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from ..errors import InfraError, UsageError
 from ..spec import MachineSpec
 
-__all__ = ["Backend", "Choice", "Launch", "Probe", "available", "choose"]
+__all__ = ["Backend", "Choice", "Job", "Launch", "Login", "Probe", "available", "choose"]
 
 GROUP = "qvis.backends"
-PREFERENCE = ("kvm", "tcg")  # the order in which "auto" tries them
+PREFERENCE = ("kvm", "tcg", "emulated")  # the order in which "auto" tries them
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,27 @@ class Launch:
     """How to start one machine: the command line and where its numbers come from."""
 
     command: list[str]
+    program: str  # what runs then, in messages: "QEMU"
     provenance: dict[str, Any]
-    vmlinux: Path  # the guest's kernel with its symbols
+    reader: str  # of its traces: a key of qvis.trace.sources.SOURCES
+    vmlinux: Path | None  # the guest's kernel with its symbols; None: no code of a kernel runs
+
+
+@dataclass(frozen=True)
+class Login:
+    """What a guest has to know to be logged in to."""
+
+    hostname: str
+    host_key: bytes  # private, as OpenSSH writes it
+    authorized: bytes  # the key of who may log in, as in authorized_keys
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a guest does that nobody logs in to: shell text."""
+
+    run: str
+    report: str  # afterwards, for what is to be read off the console
 
 
 class Backend(Protocol):
@@ -54,8 +73,11 @@ class Backend(Protocol):
     def probe(self) -> Probe:
         """Try the backend for real; quick, or remembered from an earlier try."""
 
-    def base_initramfs(self) -> Path:
-        """The initramfs to which a machine's own keys are appended."""
+    def check(self, spec: MachineSpec) -> None:
+        """Raise :class:`UsageError` for what this backend cannot do; before anything is done."""
+
+    def furnish(self, folder: Path, purpose: Login | Job) -> None:
+        """Put into ``folder`` what the guest is to find there."""
 
     def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
         """How to start ``spec`` in ``folder``; ``incoming`` waits for a migration."""
@@ -99,7 +121,10 @@ def choose(name: str) -> Choice:
             refused.append(f"not {candidate}: it is not installed")
             continue
         backend = points[candidate].load()()
-        probe = backend.probe()
+        try:
+            probe = backend.probe()
+        except InfraError as problem:  # of this host, which another backend may not mind
+            probe = Probe(False, str(problem))
         if probe.works:
             return Choice(backend, "; ".join([*refused, f"{candidate}: {probe.reason}"]))
         refused.append(f"not {candidate}: {probe.reason}")

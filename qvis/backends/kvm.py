@@ -35,10 +35,14 @@ class Kvm(QemuBackend):
 
     name = "kvm"
     slowdown = 1.0
+    reader = "kvm-tracepoints"
 
-    def accelerator(self, spec: MachineSpec) -> Accelerator:
+    def check(self, spec: MachineSpec) -> None:
+        super().check(spec)
         if spec.icount:
             raise UsageError("KVM cannot count instructions: --icount needs --backend tcg")
+
+    def accelerator(self, spec: MachineSpec) -> Accelerator:
         return Accelerator("kvm", "host")
 
     def probe(self) -> Probe:

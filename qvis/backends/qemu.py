@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..build import Artifacts, build_all
+from ..build import Artifacts, Entry, build_all, pack
+from ..errors import InfraError, UsageError
 from ..folder import CONSOLE_LOG, CONSOLE_SOCKET, INITRD, MIGRATION_SOCKET, qmp_sockets
 from ..spec import MachineSpec
-from . import Launch, Probe
+from . import Job, Launch, Login, Probe
 
 __all__ = ["QemuBackend", "command_line"]
 
@@ -24,6 +26,7 @@ KERNEL_COMMAND_LINE = (
     "console=ttyS0 reboot=t panic=-1 loglevel=6 random.trust_cpu=on virtio_blk.managed_irqs=0"
 )
 KERNEL_HZ = 100  # CONFIG_HZ in guest-kernel/
+MAX_CPUS = 255  # microvm's APIC IDs are 8 bits wide without an interrupt remapper
 DISK_SIZE = 1 << 30  # bytes; null-co, so it costs nothing
 
 
@@ -48,6 +51,7 @@ class QemuBackend(ABC):
 
     name: str
     slowdown: float
+    reader: str
 
     def __init__(self, artifacts: Artifacts | None = None) -> None:
         """``artifacts`` are what machines are made of; without, what qvis builds."""
@@ -67,8 +71,20 @@ class QemuBackend(ABC):
             self._artifacts = build_all()
         return self._artifacts
 
-    def base_initramfs(self) -> Path:
-        return self.artifacts().initramfs
+    def check(self, spec: MachineSpec) -> None:
+        if spec.smp > MAX_CPUS:
+            raise UsageError(f"--smp must be at most {MAX_CPUS} in QEMU's microvm, not {spec.smp}")
+        if spec.platform is not None or spec.costs is not None:
+            raise UsageError(
+                "--irqchip, --apic, --apicv, --pv-eoi and --costs are for --backend emulated: "
+                f"{self.name} has what it has"
+            )
+
+    def furnish(self, folder: Path, purpose: Login | Job) -> None:
+        # The kernel unpacks archives that follow each other
+        # (Documentation/driver-api/early-userspace/buffer-format.rst).
+        entries = _job(purpose) if isinstance(purpose, Job) else _login(folder, purpose)
+        (folder / INITRD).write_bytes(self.artifacts().initramfs.read_bytes() + pack(entries))
 
     def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
         artifacts = self.artifacts()
@@ -84,7 +100,43 @@ class QemuBackend(ABC):
             "linux": artifacts.linux.version,
             "linux_series": artifacts.linux.series,
         }
-        return Launch(command, provenance, artifacts.linux.vmlinux)
+        return Launch(command, "QEMU", provenance, self.reader, artifacts.linux.vmlinux)
+
+
+def _job(job: Job) -> list[Entry]:
+    return [
+        Entry.file("etc/qvis-run", job.run.encode()),
+        Entry.file("etc/qvis-report", job.report.encode()),
+    ]
+
+
+def _login(folder: Path, login: Login) -> list[Entry]:
+    return [
+        Entry.file("etc/hostname", f"{login.hostname}\n".encode()),
+        Entry.file("etc/dropbear/host_key", _for_dropbear(folder, login.host_key), 0o600),
+        Entry.file("root/.ssh/authorized_keys", login.authorized, 0o600),
+    ]
+
+
+def _for_dropbear(folder: Path, host_key: bytes) -> bytes:
+    """The key in dropbear's own container, which its own tool makes."""
+    openssh = folder / "host_key.openssh"
+    dropbear = folder / "host_key.dropbear"
+    openssh.touch(mode=0o600)
+    openssh.write_bytes(host_key)
+    try:
+        subprocess.run(
+            ["dropbearconvert", "openssh", "dropbear", openssh, dropbear],
+            check=True,
+            capture_output=True,
+            timeout=30,
+        )
+        return dropbear.read_bytes()
+    except (OSError, subprocess.SubprocessError) as problem:
+        raise InfraError(f"cannot make the guest's host key: {problem}", stage="keys") from problem
+    finally:
+        openssh.unlink(missing_ok=True)
+        dropbear.unlink(missing_ok=True)
 
 
 def command_line(

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-__all__ = ["add_spec", "spec_arguments"]
+from ..x86 import Apic, Irqchip, Platform
+
+__all__ = ["add_shape", "add_spec", "shape_arguments", "spec_arguments"]
 
 
 def add_spec(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,9 @@ def add_spec(parser: argparse.ArgumentParser) -> None:
 
 def add_shape(parser: argparse.ArgumentParser, smp: int = 2) -> None:
     """Those of them that machines which are to be compared have in common."""
-    parser.add_argument("--backend", default="auto", help="auto, kvm or tcg (default: %(default)s)")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, kvm, tcg or emulated (default: %(default)s)"
+    )
     parser.add_argument(
         "--smp", type=int, default=smp, metavar="N", help="vCPUs (default: %(default)s)"
     )
@@ -35,6 +40,25 @@ def add_shape(parser: argparse.ArgumentParser, smp: int = 2) -> None:
         "--queues", type=int, default=smp, metavar="N",
         help="request queues of the virtio-blk device (default: %(default)s)",
     )  # fmt: skip
+    add_platform(parser)
+
+
+def add_platform(parser: argparse.ArgumentParser) -> None:
+    """What of a machine an emulated one can choose."""
+    group = parser.add_argument_group("of an emulated machine")
+    group.add_argument(
+        "--irqchip", choices=list(Irqchip),
+        help="who has the interrupt controllers: on: KVM, off: user space, split: KVM the local "
+        "APICs (default)",
+    )  # fmt: skip
+    group.add_argument("--apic", choices=list(Apic), help="default: x2apic")
+    group.add_argument(
+        "--apicv", action="store_true", help="posted interrupts, EOI virtualization and the rest"
+    )
+    group.add_argument("--pv-eoi", action="store_true", help="KVM's paravirtual EOI")
+    group.add_argument(
+        "--costs", type=Path, metavar="FILE", help="what exits cost, of `qvis calibrate`"
+    )
 
 
 def spec_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,7 +70,17 @@ def shape_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What :func:`add_shape` parsed, likewise."""
     from ..spec import parse_memory
 
+    platform = None
+    if args.irqchip or args.apic or args.apicv or args.pv_eoi:
+        platform = Platform(
+            irqchip=Irqchip(args.irqchip or Irqchip.SPLIT),
+            apic=Apic(args.apic or Apic.X2APIC),
+            apicv=args.apicv,
+            pv_eoi=args.pv_eoi,
+        )
     return {
+        "platform": platform,
+        "costs": args.costs,
         "backend": args.backend,
         "smp": args.smp,
         "memory": parse_memory(args.memory),

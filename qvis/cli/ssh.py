@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 
+from ..errors import InfraError
 from ..folder import running
 from ..openssh import client_command
 
@@ -16,4 +18,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     command = client_command(running(args.name).path)
+    if not shutil.which(command[0]):
+        raise InfraError("a shell needs OpenSSH's client: install openssh-client")
     os.execvp(command[0], command)

@@ -25,7 +25,7 @@ from ..progress import step
 from ..spec import MachineSpec
 from ..trace.model import Cause, Clock, Kind
 from ..trace.record import provenance, record
-from ..trace.sources import TcgSource
+from ..trace.sources import TELLING
 from ..trace.stats import Stats
 from ..trace.store import Provenance, Trace
 from ..trace.symbols import FUNCTIONS
@@ -42,6 +42,7 @@ IO_APIC = "IOAPIC"
 LOCAL_APIC = "LAPIC"
 DOORBELL = "VisUpdate"
 KIB = 1024
+COUNTED = (Clock.INSTRUCTIONS, Clock.MODELLED)  # not by a host that has other work to do
 SEEN = 0.9  # of the interrupts that were asked for, the least share that a trace must have
 
 
@@ -133,10 +134,10 @@ class _State:
         """All of it, under the names of what was counted: accesses on TCG, else exits."""
         clocks = {provenance.clock for provenance in self.provenance.values()}
         clock = str(next(iter(clocks))) if len(clocks) == 1 else ""
-        tcg = any(source.reader == TcgSource.reader for source in self.provenance.values())
+        accesses = any(source.touch is Kind.ACCESS for source in self.provenance.values())
 
         def counted(text: str) -> str:
-            return text if tcg else text.replace("accesses", "exits")
+            return text if accesses else text.replace("accesses", "exits")
 
         metrics = [
             Metric(counted(name), counted(unit).replace("clock", clock), operation.name)
@@ -169,7 +170,7 @@ def _run(
                 {
                     "boot to SSH": booted.boot_s,
                     "guest memory after boot": booted.guest_used_kib / KIB,
-                    "QEMU's memory after boot": booted.qemu_pss_kib / KIB,
+                    "process's memory after boot": booted.qemu_pss_kib / KIB,
                 },
             )
             continue
@@ -265,12 +266,12 @@ def _interrupts(trace: Trace, target: Target, count: int) -> dict[str, float]:
         "local APIC accesses per interrupt": _count(trace, _of(trace, LOCAL_APIC), ours)
         / len(numbers),
     }
-    if trace.manifest.provenance.reader == TcgSource.reader:  # no tracepoint of KVM tells
+    if trace.manifest.provenance.reader in TELLING:
         ends = (pl.col("kind") == Kind.EOI, pl.col("device").cast(pl.String) == IO_APIC)
         found["IOAPIC EOIs per interrupt"] = _count(trace, *ends, ours) / len(numbers)
-    if cost and cost.handler and trace.manifest.provenance.clock is Clock.INSTRUCTIONS:
+    if cost and cost.handler and trace.manifest.provenance.clock in COUNTED:
         found["delivery to handler"] = cost.handler.median
-    if cost and cost.eoi and trace.manifest.provenance.clock is Clock.INSTRUCTIONS:
+    if cost and cost.eoi and trace.manifest.provenance.clock in COUNTED:
         found["delivery to EOI"] = cost.eoi.median
     return found
 
@@ -280,8 +281,8 @@ def _done(trace: Trace, count: int, *roles: str) -> None:
 
     Where it touches no register at all, a trace of nothing would look the same.
     """
-    if trace.manifest.provenance.reader != TcgSource.reader:
-        return  # no tracepoint of KVM tells
+    if trace.manifest.provenance.reader not in TELLING:
+        return
     names = [name for name, role in FUNCTIONS.items() if role in roles]
     seen = _count(
         trace, pl.col("kind") == Kind.FUNCTION, pl.col("function").cast(pl.String).is_in(names)
@@ -419,7 +420,7 @@ OPERATIONS = {
             (
                 ("boot to SSH", "s"),
                 ("guest memory after boot", "MiB"),
-                ("QEMU's memory after boot", "MiB"),
+                ("process's memory after boot", "MiB"),
             ),
         ),
     )

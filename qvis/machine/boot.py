@@ -3,7 +3,7 @@
 
 The stages up to ``ssh`` are read off the serial console, which works without
 any of the interrupts under test. Whatever goes wrong, the error names the
-stage and shows the last lines that the guest or QEMU printed.
+stage and shows the last lines that the guest or the machine's process printed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BootError, InfraError, QvisError
-from ..folder import CONSOLE_LOG, EXIT, QEMU_LOG, Folder
+from ..folder import CONSOLE_LOG, EXIT, LAUNCH, PROCESS_LOG, Folder
 from ..process import TAIL_LINES, tail
 from ..spec import MachineSpec
 
@@ -76,7 +76,7 @@ class Boot:
         """Wait for every one of the stages, or of those up to SSH, in turn.
 
         Raises :class:`BootError` for a panic, for a guest that ended, and for a
-        stage over its deadline; :class:`InfraError` when QEMU never started.
+        stage over its deadline; :class:`InfraError` when the machine never started.
         """
         for stage in CONSOLE_STAGES if stages is None else stages:
             wait = functools.partial(self._wait, stage.marker)
@@ -94,8 +94,8 @@ class Boot:
         self.times[name] = time.monotonic() - start
 
     def failure(self, message: str, kind: type[QvisError] = BootError) -> QvisError:
-        """An error with what was printed last: by the guest, else by QEMU."""
-        lines = tail(self._console) or tail(self._folder / QEMU_LOG)
+        """An error with what was printed last: by the guest, else by its machine."""
+        lines = tail(self._console) or tail(self._folder / PROCESS_LOG)
         return kind(message, tail=lines)
 
     def ended(self) -> QvisError | None:
@@ -103,16 +103,18 @@ class Boot:
         if self._folder.alive and not (self._folder / EXIT).exists():
             return None
         self._folder.wait_dead(5)
-        qemu = tail(self._folder / QEMU_LOG)
+        said = tail(self._folder / PROCESS_LOG)
+        program = (self._folder.read(LAUNCH) or {}).get("program", "the machine")
         status = (self._folder.read(EXIT) or {}).get("status")
         if not self._text():
             return InfraError(
-                f"QEMU ended with status {status} before the guest printed anything: "
-                f"{qemu[-1] if qemu else 'it gave no reason'}",
-                tail=qemu,
+                f"{program} ended with status {status} before the guest printed anything: "
+                f"{said[-1] if said else 'it gave no reason'}",
+                tail=said,
             )
         if status:
-            return self.failure(f"QEMU ended with status {status}: {qemu[-1] if qemu else '?'}")
+            reason = said[-1] if said else "?"
+            return self.failure(f"{program} ended with status {status}: {reason}")
         return self.failure("the guest shut down or was reset")
 
     def _wait(self, marker: str, deadline: float) -> None:

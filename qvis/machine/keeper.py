@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..folder import EXIT, LAUNCH, QEMU_LOG, Folder
+from ..folder import EXIT, LAUNCH, PROCESS_LOG, Folder
 
 __all__ = ["DETACH", "main"]
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     launch = folder.read(LAUNCH)
     if launch is None:
         return 1
-    with (folder / QEMU_LOG).open("ab") as log:
+    with (folder / PROCESS_LOG).open("ab") as log:
         child = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--", *launch["command"]],
             cwd=folder.path,

@@ -17,8 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .. import backends
-from ..backends import Backend, Choice
-from ..build import Entry, pack
+from ..backends import Backend, Choice, Job, Login
 from ..errors import BootError, InfraError, LostMachineError, QvisError
 from ..folder import (
     CONSOLE_LOG,
@@ -26,7 +25,7 @@ from ..folder import (
     LAUNCH,
     MACHINE,
     MIGRATION_SOCKET,
-    QEMU_LOG,
+    PROCESS_LOG,
     Folder,
     check_free,
     claim,
@@ -37,6 +36,7 @@ from ..openssh import CLIENT_KEY, KNOWN_HOSTS, write_config
 from ..progress import note, step
 from ..spec import MachineSpec
 from ..transport import Transport
+from ..x86 import Platform
 from . import keeper
 from .boot import (
     LAUNCH_DEADLINE,
@@ -230,11 +230,15 @@ def up(
     memory: int = 512,
     queues: int = 2,
     icount: bool = False,
+    platform: Platform | None = None,
+    costs: Path | str | None = None,
 ) -> Machine:
     """Build what is missing, boot a guest and return it when SSH answers.
 
     ``memory`` is in MiB, ``queues`` counts the virtio-blk device's request
     queues, with ``icount`` the guest's time is the instructions that it executes.
+    ``platform`` and ``costs`` are for the emulated backend: which interrupt hardware
+    there is, and a file with what exits cost.
     ``backend`` is a name, "auto", or a backend made by hand, say one
     with another QEMU or kernel. The machine ends with the ``with`` block or
     with this process, unless it is detached. Raises :class:`UsageError` for
@@ -245,17 +249,16 @@ def up(
     return _start(
         *_request(
             name=name, transport=transport, backend=backend, smp=smp, memory=memory,
-            queues=queues, icount=icount,
+            queues=queues, icount=icount, platform=platform, costs=costs,
         )
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Script:
-    """What a guest does that nobody logs in to: shell text, run by its init."""
+    """A job for a guest that nobody logs in to, run by its init."""
 
-    run: str
-    report: str  # afterwards, for what is to be read off the console
+    job: Job
     deadline: float  # seconds for ``run``
     qemu_options: tuple[str, ...]
     prepare: Callable[[Path], None]  # given the machine's folder, before it is started
@@ -281,6 +284,8 @@ def _request(
     memory: int = 512,
     queues: int = 2,
     icount: bool = False,
+    platform: Platform | None = None,
+    costs: Path | str | None = None,
 ) -> tuple[MachineSpec, str | None, Choice]:
     """Say everything that is wrong with a request before any work is done."""
     spec = MachineSpec(
@@ -290,12 +295,17 @@ def _request(
         memory=memory,
         queues=queues,
         icount=icount,
+        platform=platform,
+        costs=str(Path(costs).absolute()) if costs is not None else None,
     )
     if name is not None:
         check_free(name)
     if icount and backend == "auto":
         backend = "tcg"  # the only one that counts
+    if (platform or costs) and backend == "auto":
+        backend = "emulated"  # the only one that has a choice
     choice = backends.choose(backend) if isinstance(backend, str) else Choice(backend, "as given")
+    choice.backend.check(spec)
     note(f"backend {choice.backend.name} ({choice.reason})")
     return spec, name, choice
 
@@ -310,17 +320,17 @@ def _start(
 ) -> Machine:
     """Start a machine: boot it, have it run a script, or wait for ``source`` to migrate in."""
     backend = choice.backend
-    base = backend.base_initramfs()
     folder, lock = claim(name)
     lifeline: int | None = None
     try:
         spec = MachineSpec.from_json({**spec.to_json(), "name": folder.name})
         try:
-            _prepare(folder, base, source, script)
             launch = backend.launch(spec, folder.path, incoming=source is not None)
+            _prepare(folder, backend, source, script)
             # QEMU stays when the guest has shut down, to be asked what was where.
             more = ["-no-shutdown", *script.qemu_options] if script else []
-            folder.write(LAUNCH, {"command": [*launch.command, *more]})
+            command = [*launch.command, *more]
+            folder.write(LAUNCH, {"command": command, "program": launch.program})
         except OSError as problem:
             raise InfraError(
                 f"cannot prepare {folder.path}: {problem}", stage="launch"
@@ -333,7 +343,8 @@ def _start(
             "spec": spec.to_json(),
             "backend_reason": choice.reason,
             "provenance": launch.provenance,
-            "vmlinux": str(launch.vmlinux),
+            "reader": launch.reader,
+            "vmlinux": str(launch.vmlinux) if launch.vmlinux else None,
         }
         return _follow(folder, spec, choice, info, lifeline, source=source, script=script)
     except BaseException as problem:
@@ -350,42 +361,28 @@ def _start(
         raise
 
 
-def _prepare(folder: Folder, base: Path, source: Folder | None, script: Script | None) -> None:
-    """Put keys and the initial ramdisk into a new machine's folder."""
+def _prepare(
+    folder: Folder, backend: Backend, source: Folder | None, script: Script | None
+) -> None:
+    """Put keys, and what the guest is to find, into a new machine's folder."""
     if script:
-        own = pack(
-            [
-                Entry.file("etc/qvis-run", script.run.encode()),
-                Entry.file("etc/qvis-report", script.report.encode()),
-            ]
-        )
-        (folder / INITRD).write_bytes(base.read_bytes() + own)
+        backend.furnish(folder.path, script.job)
         script.prepare(folder.path)
-        return
-    if source:
+    elif source:
         for file in (INITRD, CLIENT_KEY):
             shutil.copy2(source / file, folder / file)
         known = (source / KNOWN_HOSTS).read_text().split(" ", 1)[1]
         (folder / KNOWN_HOSTS).write_text(f"{host_alias(folder.path)} {known}")
-        return
-    keys = make_keys(folder.path)
-    own = pack(
-        [
-            Entry.file("etc/hostname", f"{folder.name}\n".encode()),
-            Entry.file("etc/dropbear/host_key", keys.host_key, 0o600),
-            Entry.file("root/.ssh/authorized_keys", keys.authorized, 0o600),
-        ]
-    )
-    # The kernel unpacks archives that follow each other
-    # (Documentation/driver-api/early-userspace/buffer-format.rst).
-    (folder / INITRD).write_bytes(base.read_bytes() + own)
+    else:
+        keys = make_keys(folder.path)
+        backend.furnish(folder.path, Login(folder.name, keys.host_key, keys.authorized))
 
 
 def _start_keeper(folder: Folder, lock: int) -> int:
     """Start the keeper, which takes the lock over; the lifeline that holds it."""
     ours, lifeline = os.pipe()
     try:
-        with (folder / QEMU_LOG).open("ab") as log:
+        with (folder / PROCESS_LOG).open("ab") as log:
             subprocess.Popen(
                 [sys.executable, "-m", "qvis.machine.keeper", str(folder.path), str(lock)],
                 stdin=ours,
@@ -429,7 +426,7 @@ def _follow(
         undo.callback(qmp.close)
         forward = FORWARD.search(qmp.monitor("info usernet"))
         if not forward:
-            raise InfraError("QEMU forwards no port to the guest's SSH", stage="launch")
+            raise InfraError("no port of this host leads to the guest's SSH", stage="launch")
         info["ssh_port"] = int(forward[1])
         write_config(folder.path, host_alias(folder.path), info["ssh_port"])
         machine = Machine(folder, info, lifeline, choice)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from ..errors import GuestError, InfraError, LostMachineError
+from ..errors import GuestError, LostMachineError
 from ..openssh import CLIENT_KEY, KNOWN_HOSTS, USER
 
 __all__ = ["Completed", "Keys", "Ssh", "host_alias", "make_keys"]
@@ -32,7 +31,7 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class Keys:
-    """What goes into the guest: its host key in dropbear's format, and who may log in."""
+    """What goes into the guest: its private host key in OpenSSH's format, and who may log in."""
 
     host_key: bytes
     authorized: bytes
@@ -58,24 +57,8 @@ def make_keys(folder: Path) -> Keys:
     key_file.write_bytes(private)
     (folder / KNOWN_HOSTS).write_bytes(b"%s %s\n" % (host_alias(folder).encode(), _public(host)))
 
-    # Dropbear wants its own container; its own tool makes it.
-    openssh = folder / "host_key.openssh"
-    dropbear = folder / "host_key.dropbear"
-    openssh.touch(mode=0o600)
-    openssh.write_bytes(host.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    try:
-        subprocess.run(
-            ["dropbearconvert", "openssh", "dropbear", openssh, dropbear],
-            check=True,
-            capture_output=True,
-            timeout=30,
-        )
-        return Keys(dropbear.read_bytes(), _public(client) + b"\n")
-    except (OSError, subprocess.SubprocessError) as problem:
-        raise InfraError(f"cannot make the guest's host key: {problem}", stage="keys") from problem
-    finally:
-        openssh.unlink(missing_ok=True)
-        dropbear.unlink(missing_ok=True)
+    host_key = host.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    return Keys(host_key, _public(client) + b"\n")
 
 
 class Ssh:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends import Job
 from ..build import build_all
 from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
 from ..folder import CONSOLE_LOG
@@ -25,7 +26,7 @@ from ..progress import step
 from .attribution import attribute
 from .devices import regions
 from .export import disk_full
-from .guest import INTERRUPTS, irqs, kernel_moved
+from .guest import INTERRUPTS, irqs
 from .model import Clock
 from .sources import (
     READERS,
@@ -98,11 +99,9 @@ def recording(
     ``vmlinux`` without symbols or one that is not the guest's, and
     :class:`~qvis.errors.InfraError` where there is nothing to record with.
     """
-    symbols = Symbols.read(vmlinux or Path(machine.info["vmlinux"]))
-    moved = kernel_moved(machine.ssh, symbols)
     raw = _make(output)
     try:
-        source = open_source(machine, raw, symbols, moved)
+        source = open_source(machine, raw, vmlinux)
         trace = Trace(output, _manifest(machine, source, command))
         trace.write_manifest()
         source.start()
@@ -146,8 +145,15 @@ def record_boot(
     so with ``icount`` each such recording has the same events. ``machine`` are
     the arguments of :func:`qvis.up`. Returns the trace and the command's exit
     status. Raises what :func:`qvis.up` does; what was recorded by then stays and
-    is marked partial.
+    is marked partial. Only TCG's tracer is there that early: :class:`UsageError` for another
+    backend.
     """
+    backend = machine.get("backend", "auto")
+    if getattr(backend, "reader", TcgSource.reader) != TcgSource.reader or (
+        isinstance(backend, str) and backend not in ("auto", "tcg")
+    ):
+        raise UsageError("a boot is recorded by the tracer in QEMU: use --backend tcg")
+    machine["backend"] = "tcg" if backend == "auto" else backend
     symbols = Symbols.read(build_all().linux.vmlinux)
     raw = _make(output)
     begun: list[tuple[Trace, CountsReader]] = []
@@ -168,8 +174,7 @@ def record_boot(
         begun[0][0].write_manifest()
 
     script = Script(
-        run=command + "\n",
-        report=INTERRUPTS + "\n",
+        Job(command + "\n", INTERRUPTS + "\n"),
         deadline=deadline,
         qemu_options=qemu_options(raw),
         prepare=lambda folder: prepare(folder, raw, symbols),

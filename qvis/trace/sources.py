@@ -18,15 +18,17 @@ from typing import Protocol
 import polars as pl
 
 from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
-from ..folder import TRACE_CONTROL
 from ..machine.machine import Machine
-from . import kvm, qemu_events, simpletrace, tcg, tracefs
+from . import emulated, kvm, qemu_events, simpletrace, tcg, tracefs
+from .guest import kernel_moved
 from .model import Clock
 from .symbols import FIRST_VECTOR, Symbols
 from .tcg import CountsReader
 
 __all__ = [
     "READERS",
+    "SOURCES",
+    "TELLING",
     "CountsReader",
     "Reading",
     "Source",
@@ -72,14 +74,24 @@ class Reading(Protocol):
         """The events in order of time, once."""
 
 
-def open_source(machine: Machine, raw: Path, symbols: Symbols, moved: int) -> Source:
-    """What records ``machine``: the tracer that QEMU has with TCG, or KVM's tracepoints.
+def open_source(machine: Machine, raw: Path, vmlinux: Path | None) -> Source:
+    """What records ``machine``, as its backend said; ``vmlinux`` if it was not qvis that built it.
 
-    Raises :class:`~qvis.errors.InfraError` when that cannot be, with what it would take.
+    Raises :class:`UsageError` for a ``vmlinux`` that will not do, and
+    :class:`~qvis.errors.InfraError` when the machine cannot be recorded, with what it would
+    take.
     """
-    if (machine.folder / TRACE_CONTROL).exists():
-        return TcgSource(machine, raw, symbols, moved)
-    return KvmSource(machine, raw)
+    reader = machine.info["reader"]
+    if reader == TcgSource.reader:
+        return TcgSource(machine, raw, vmlinux)
+    if reader not in SOURCES:
+        raise InfraError(
+            f"nothing here records machines by {reader!r}, as their backend would have it",
+            stage="trace",
+        )
+    if vmlinux:
+        raise UsageError(f"--vmlinux is for TCG: {reader} needs no symbols")
+    return SOURCES[reader](machine, raw)
 
 
 class TcgSource:
@@ -88,7 +100,9 @@ class TcgSource:
     reader = "tcg-plugin"
     clock = Clock.INSTRUCTIONS
 
-    def __init__(self, machine: Machine, raw: Path, symbols: Symbols, moved: int) -> None:
+    def __init__(self, machine: Machine, raw: Path, vmlinux: Path | None = None) -> None:
+        symbols = Symbols.read(vmlinux or Path(machine.info["vmlinux"]))
+        moved = kernel_moved(machine.ssh, symbols)
         functions = [address + moved for address in symbols.functions()]
         self._machine = machine
         self._raw = raw
@@ -206,11 +220,45 @@ class KvmSource:
         return list(self._recorder.partial)
 
 
+class EmulatedSource:
+    """The emulated machine's own account, which ends with the connection that asked for it."""
+
+    reader = "emulated"
+    clock = Clock.MODELLED
+
+    def __init__(self, machine: Machine, raw: Path) -> None:
+        self._machine = machine
+        self._raw = raw
+
+    def start(self) -> None:
+        self._machine.qmp("x-qvis-trace-start", folder=str(self._raw))
+
+    def stop(self) -> list[str]:
+        try:
+            self._machine.qmp("x-qvis-trace-stop")  # it keeps its own counts
+        except LostMachineError as problem:
+            return [f"the machine died: {problem.message}"]
+        except QvisError as problem:
+            return [f"the recording could not be ended in order: {problem.message}"]
+        return []
+
+
+SOURCES: dict[str, Callable[[Machine, Path], Source]] = {
+    TcgSource.reader: TcgSource,
+    KvmSource.reader: KvmSource,
+    EmulatedSource.reader: EmulatedSource,
+}
+"""What records a machine into a raw folder, by the name that its backend gives."""
+
 READERS: dict[str, Callable[[Path], Reading]] = {
     TcgSource.reader: TcgReading,
     KvmSource.reader: kvm.Reader,
+    EmulatedSource.reader: emulated.Reading,
 }
 """How a trace's raw folder is read, by the source that wrote it."""
+
+TELLING = frozenset({TcgSource.reader, EmulatedSource.reader})
+"""Those that tell of the guest's functions and of what IOAPICs see, as KVM's tracepoints do not."""
 
 
 def merge(streams: list[Iterator[pl.DataFrame]]) -> Iterator[pl.DataFrame]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,58 @@ def test_wheel_boots_a_guest(
         assert cli("exec", "wheel", "--", "hostname").stdout == "wheel\n"
     finally:
         assert run(installed, "down", "wheel").returncode == 0
+
+
+# What every Debian has; no compiler, no QEMU, no OpenSSH, no busybox.
+ESSENTIAL = ("setpriv", "sh", "env")
+
+
+@pytest.fixture
+def bare(installed: Path, tmp_path: Path, state: Path) -> Callable[..., str]:
+    """Runs a command of the environment where there is nothing else, and wants it to work."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ESSENTIAL:
+        found = shutil.which(name)
+        assert found
+        (programs / name).symlink_to(found)
+    environment = {
+        "PATH": str(programs),
+        "HOME": str(tmp_path),
+        "QVIS_CACHE": str(tmp_path / "cache"),
+        "QVIS_STATE": str(state),
+    }
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [installed / "python", "-m", *words],
+            capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
+            env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_wheel_has_a_machine_where_there_is_nothing(bare: Callable[..., str]) -> None:
+    said = bare("qvis", "up", "--backend", "emulated", "--name", "bare", "--transport", "vis")
+    assert "bare is up: vis" in said
+    assert bare("qvis", "exec", "bare", "--", "hostname") == "bare\n"
+    assert "MMIO-VIS" in bare("qvis", "irq", "bare")
+    bare("qvis", "down", "bare")
+
+
+def test_wheel_compares_where_there_is_nothing(bare: Callable[..., str]) -> None:
+    said = bare("qvis", "compare", "--backend", "emulated", "--runs", "1", "-o", "found")
+    assert "exits per interrupt" in said or "device exits" in said
+
+
+def test_readmes_test_passes_where_there_is_nothing(
+    bare: Callable[..., str], tmp_path: Path
+) -> None:
+    example = re.search(r"```python\n(@pytest\.mark\.qvis.*?)```", README.read_text(), re.DOTALL)
+    assert example
+    (tmp_path / "test_example.py").write_text(f"import pytest\n\n\n{example[1]}")
+    said = bare("pytest", "-q", "--qvis-backend", "emulated", "test_example.py")
+    assert "1 passed" in said

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from qvis.machine.qmp import Qmp
 from qvis.transport import Transport
 from tests.conftest import gone, processes
 
+MACHINE = re.compile(r"qemu-system|qvis\.emulated\.serve")  # a machine's process
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -40,7 +42,7 @@ def test_boot_says_what_it_is_made_of(vm: Machine) -> None:
     assert source["qemu"].startswith("10.2")
     assert vm.qmp("query-version")["qemu"]["major"] == 10
     assert source["linux"] in vm.ssh.run("uname -r").stdout
-    assert source["backend"] in ("tcg", "kvm")
+    assert source["backend"] in ("tcg", "kvm", "emulated")
     assert list(vm.info["boot"]["stages"]) == [
         "launch", "firmware", "kernel", "init", "network", "ssh",
     ]  # fmt: skip
@@ -180,7 +182,7 @@ def test_killed_during_boot_leaves_nothing(state: Path, backend: str) -> None:
     ) as child:  # fmt: skip
         try:
             end = time.monotonic() + 30
-            while not any("qemu-system" in line for line in processes(str(folder))):
+            while not any(MACHINE.search(line) for line in processes(str(folder))):
                 assert time.monotonic() < end
                 time.sleep(0.02)
         finally:
@@ -192,7 +194,7 @@ def test_killed_during_boot_leaves_nothing(state: Path, backend: str) -> None:
     assert not folder.exists()
 
 
-def test_killed_keeper_takes_qemu_with_it(boot: Callable[..., Machine]) -> None:
+def test_killed_keeper_takes_the_machine_with_it(boot: Callable[..., Machine]) -> None:
     vm = boot(transport="intx", smp=1)
     vm.qmp("query-status")
     pid = vm.folder.keeper
@@ -208,8 +210,7 @@ def test_killed_keeper_takes_qemu_with_it(boot: Callable[..., Machine]) -> None:
 
 def test_killed_during_a_command_is_a_lost_machine(boot: Callable[..., Machine]) -> None:
     vm = boot(transport="intx", smp=1)
-    (qemu,) = (line for line in processes(f"qvis-{vm.name}") if "qemu-system" in line)
-    killer = threading.Timer(0.5, os.kill, (int(qemu.split(":")[0]), signal.SIGKILL))
+    killer = threading.Timer(0.5, os.kill, (vm.process, signal.SIGKILL))
     killer.start()
     with pytest.raises(qvis.LostMachineError):
         vm.ssh.run("sleep 30", deadline=30)
@@ -233,11 +234,10 @@ def test_those_who_look_do_not_hold(tmp_path: Path) -> None:
     assert not any(answers)
 
 
-def test_killed_qemu_is_noticed(boot: Callable[..., Machine], cli: Cli) -> None:
+def test_killed_machine_is_noticed(boot: Callable[..., Machine], cli: Cli) -> None:
     vm = boot(transport="intx", smp=1)
     vm.detach()
-    (qemu,) = (line for line in processes(f"qvis-{vm.name}") if "qemu-system" in line)
-    os.kill(int(qemu.split(":")[0]), signal.SIGKILL)
+    os.kill(vm.process, signal.SIGKILL)
     assert vm.folder.wait_dead(5)
     listed = json.loads(cli("ls", "--json").stdout)
     assert [m["state"] for m in listed if m["name"] == vm.name] == ["died (status -9)"]
