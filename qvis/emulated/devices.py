@@ -220,7 +220,7 @@ class Net(Device):
         """Plug the cable in, or pull it."""
         if up != self.link:
             self.link = up
-            self.transport.config_changed()
+            self.notify_config()
 
     def config(self) -> bytes:
         config = self.mac + pack("<H", self.link)  # VIRTIO_NET_S_LINK_UP

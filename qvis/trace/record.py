@@ -152,7 +152,11 @@ def record_boot(
     if getattr(backend, "reader", TcgSource.reader) != TcgSource.reader or (
         isinstance(backend, str) and backend not in ("auto", "tcg")
     ):
-        raise UsageError("a boot is recorded by the tracer in QEMU: use --backend tcg")
+        name = getattr(backend, "name", backend)
+        raise UsageError(
+            f"a boot is recorded by the tracer in QEMU, which {name} does not have: use "
+            "--backend tcg"
+        )
     machine["backend"] = "tcg" if backend == "auto" else backend
     symbols = Symbols.read(build_all().linux.vmlinux)
     raw = _make(output)

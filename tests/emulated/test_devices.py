@@ -557,3 +557,19 @@ def test_an_emergency_write_needs_no_queue() -> None:
     assert device.offered & Console.EMERG_WRITE
     assert device.read_config(4, 4) == 1
     assert device.offered & Feature.VERSION_1
+
+
+def test_a_cable_that_is_pulled_changes_the_configuration_and_loses_frames() -> None:
+    bench, device, (receive, transmit, _) = network()
+    receive.add((0x300000, 2048, True))
+    device.notified(0)
+    generation = device.generation
+    device.set_link(False)
+    device.set_link(False)
+    assert device.read_config(6, 2) == 0
+    assert (device.generation, device.isr & 2) == (generation + 1, 2)
+    send(bench, device, transmit, b"hello" * 20)
+    assert transmit.take() == [(0, 0)]
+    assert receive.take() == []
+    device.set_link(True)
+    assert device.read_config(6, 2) == 1

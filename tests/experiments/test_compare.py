@@ -12,12 +12,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from qvis import InfraError, Transport, UsageError
+from qvis import Apic, InfraError, Platform, Transport, UsageError
 from qvis.experiments.compare import OPERATIONS, RESULT, Target, compare
-from qvis.experiments.result import Result
+from qvis.experiments.result import Result, merge
 from qvis.trace.attribution import attribute
 from qvis.trace.kvm import Reader
-from qvis.trace.model import SCHEMA, Cause, Kind
+from qvis.trace.model import SCHEMA, Cause, Clock, Kind
 from qvis.trace.stats import Stats
 from qvis.trace.store import Manifest, Trace
 from qvis.transport import COMPARED
@@ -70,6 +70,27 @@ def test_moves_and_set_up_cost_less_than_over_pci(measured: tuple[Path, Result])
     # VIS: five, for any number of queues (test_set_up_of_many_queues); the line has its IOAPIC.
     assert set_ups["vis"] == set_ups["vis-doorbell"] <= set_ups["intx"] + 5
     assert set_ups["vis"] < set_ups["msi"]
+
+
+def test_the_emulated_machine_costs_what_the_real_guest_does(
+    measured: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """To the access: what there is an access is an exit here."""
+    _, real = measured
+    operations = [name for name in OPERATIONS if name != "boot"]
+    model = compare(
+        tmp_path / "emulated", list(Transport), operations, 1,
+        backend="emulated", smp=2, queues=2, platform=Platform(apic=Apic.XAPIC),
+    )  # fmt: skip
+    counts = [m.name for m in real.metrics if m.unit in ("accesses", "EOIs")]
+    assert len(counts) == 7
+    for name in counts:
+        for transport in map(str, Transport):
+            found = model.series[name.replace("accesses", "exits"), transport]
+            assert found == real.series[name, transport], (name, transport)
+    assert all(p.clock is Clock.MODELLED for p in model.provenance.values())
+    with pytest.raises(UsageError, match="clock"):
+        merge([real, model])
 
 
 def test_set_up_of_many_queues(tmp_path: Path) -> None:

@@ -85,6 +85,6 @@ def test_switches_choose_the_backend_that_has_them(capsys: pytest.CaptureFixture
 def test_a_boot_is_recorded_by_tcg_only(tmp_path: Path) -> None:
     from qvis.trace.record import record_boot
 
-    with pytest.raises(UsageError, match="use --backend tcg"):
+    with pytest.raises(UsageError, match="which emulated does not have: use --backend tcg"):
         record_boot(tmp_path / "t", "true", backend="emulated")
     assert not (tmp_path / "t").exists()
