@@ -2,13 +2,16 @@
 """Times and sizes that a user of qvis meets, as JSON on standard output.
 
     scripts/bench [--runs N] [--patch] [--cold] [--trace]
+    scripts/bench --emulated [--runs N]
 
 Always: `qvis up` with everything built and `qvis exec`, and boot time and
 memory of each transport, interleaved in one run. ``--patch`` adds what a
 one-line change in a patch costs until the new guest is up, for QEMU and for
 Linux; ``--cold`` the way from empty caches (sources too, unless QVIS_SOURCES
 names a folder that has them) to a guest; ``--trace`` what tracing costs, with
-TCG. Times are the host's, in seconds; on
+TCG. ``--emulated`` is about the emulated machine and nothing else: `qvis up` until SSH
+answered, and how many interrupts a second of the host's it delivers (see
+``bench_emulated.py``). Times are the host's, in seconds; on
 TCG they say nothing about hardware.
 """
 
@@ -46,9 +49,17 @@ def main() -> None:
     parser.add_argument("--patch", action="store_true")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--emulated", action="store_true")
     args = parser.parse_args()
 
     results: dict[str, Any] = {"host": host()}
+    if args.emulated:
+        from bench_emulated import BENCHES
+
+        results["up_s"], results["exec_s"] = commands(args.runs, "emulated")
+        results |= {name: bench() for name, bench in BENCHES.items()}
+        print(json.dumps(results, indent=2))
+        return
     if args.cold:
         results["cold_up_s"] = cold()
     results["transports"] = transports(args.runs, args.backend)

@@ -2,9 +2,10 @@
 """A machine in pure Python: platform, guest, and the sockets by which both are reached.
 
     events, memory              time and RAM
-    lapic, ioapic, pic, messages    interrupt controllers
-    virtqueue, devices, mmio, vis, pci    virtio devices and their transports
-    vcpu, irqchip, costs, machine   what exits, to whom, and what it costs
+    lapic, apictimer, ioapic, pic, messages             interrupt controllers
+    virtqueue, virtio, devices, mmio, vis, pci, virtio_pci  devices and their transports
+    vcpu, irqchip, costs, machine, places, ports        what exits, to whom, what it costs
+    recorder                    what happened, for qvis.trace.emulated to read
     guest/                      Linux: drivers, interrupts, files, a shell
     serve/                      QMP, SSH and the console, for real clients
 
