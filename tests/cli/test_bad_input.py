@@ -20,7 +20,7 @@ USAGE = [
         "unknown transport 'isa': choose one of pci, intx, msi, vis, vis-doorbell",
     ),
     ("up --backend xen", "unknown backend 'xen': choose one of auto, emulated, kvm, tcg"),
-    ("up --smp 0", "--smp must be between 1 and 255, not 0"),
+    ("up --smp 0", "--smp must be between 1 and 1024, not 0"),
     ("up --smp many", "invalid int value: 'many'"),
     ("up --queues 0", "--queues must be between 1 and 256, not 0"),
     ("up --memory 5Q", "bad memory size '5Q'"),

@@ -98,7 +98,7 @@ def refused(done: subprocess.CompletedProcess[str], says: str, status: int = 2) 
         ("trace --boot vm1 -- true", "usage: qvis trace --boot"),
         ("trace --boot --transport isa -- true", "unknown transport 'isa'"),
         ("trace --boot --backend kvm --icount -- true", "kvm"),
-        ("trace --boot --smp 0 -- true", "--smp must be between 1 and 255"),
+        ("trace --boot --smp 0 -- true", "--smp must be between 1 and 1024"),
         ("trace --boot --deadline soon -- true", "invalid float value: 'soon'"),
         ("trace ghost --deadline 0 -- true", "--deadline must be more than 0"),
         ("trace show absent --limit few", "invalid int value: 'few'"),

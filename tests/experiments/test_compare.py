@@ -89,7 +89,7 @@ def test_the_emulated_machine_costs_what_the_real_guest_does(
             found = model.series[name.replace("accesses", "exits"), transport]
             assert found == real.series[name, transport], (name, transport)
     assert all(p.clock is Clock.MODELLED for p in model.provenance.values())
-    with pytest.raises(UsageError, match="clock"):
+    with pytest.raises(UsageError, match="modelled cycles"):
         merge([real, model])
 
 

@@ -74,6 +74,8 @@ class Kernel:
         self.devices: dict[str, VirtioDevice] = {}
         self.parents: dict[str, Parent] = {}
         """Platform devices and PCI functions, by name."""
+        self.bridges: list[Function] = []
+        """PCI functions that are no device."""
         self.disks: dict[str, Disk] = {}
         self.drivers: dict[int, Callable[[VirtioDevice], Driver]] = DRIVERS
         self.drivers_ready = False
@@ -316,6 +318,8 @@ class Kernel:
         for function in functions:
             if function.config in at:
                 self._add(PciParent(self, at[function.config], function))
+            else:
+                self.bridges.append(function)
 
     def _request(self, vcpu: Vcpu, gsi: int, name: str) -> None:
         """The interrupt of a device that is not modelled any further."""

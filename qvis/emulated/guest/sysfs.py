@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .debugfs import make_debug
 from .files import Directory, Link, Node, Text, fail
 from .nodes import SerialFile
+from .probe_pci import Function
 from .proc import cpu_list, resources
 from .virtio import Parent, VirtioDevice
 from .virtio_pci import PciParent
@@ -105,7 +106,7 @@ def _parent(kernel: Kernel, parent: Parent) -> Directory:
         if parent.device is not None:
             found[parent.device.name] = _virtio(kernel, parent.device)
         if isinstance(parent, PciParent):
-            found |= _function(parent)
+            found |= _pci_device(parent)
         else:
             found["modalias"] = _plain("acpi:LNRO0005:")
             found["driver_override"] = _plain("(null)")
@@ -114,9 +115,8 @@ def _parent(kernel: Kernel, parent: Parent) -> Directory:
     return _listing(entries)
 
 
-def _function(parent: PciParent) -> dict[str, Node]:
-    """What only a PCI function has."""
-    function = parent.function
+def _function(function: Function) -> dict[str, Node]:
+    """What configuration space says, of any PCI function."""
 
     def number(offset: int, size: int) -> Text:
         return Text(lambda process: f"0x{function.read(process.vcpu, offset, size):0{2 * size}x}\n")
@@ -124,6 +124,20 @@ def _function(parent: PciParent) -> dict[str, Node]:
     def config(process: Process) -> bytes:
         words = (function.read(process.vcpu, at, 4) for at in range(0, HEADER, 4))
         return b"".join(word.to_bytes(4, "little") for word in words)
+
+    return {
+        "vendor": number(0, 2),
+        "device": number(2, 2),
+        "subsystem_vendor": number(0x2C, 2),
+        "subsystem_device": number(0x2E, 2),
+        "revision": number(8, 1),
+        "class": Text(lambda process: f"0x{function.read(process.vcpu, 8, 4) >> 8:06x}\n"),
+        "config": Text(config, size=HEADER),
+    }
+
+
+def _pci_device(parent: PciParent) -> dict[str, Node]:
+    """What only a PCI function with a driver of ours has."""
 
     def resource(process: Process) -> str:
         rows = [*resources(parent), *[(0, 0, 0)] * 7]
@@ -134,13 +148,7 @@ def _function(parent: PciParent) -> dict[str, Node]:
 
     numbers = [desc.number for desc in parent.irqs]
     return {
-        "vendor": number(0, 2),
-        "device": number(2, 2),
-        "subsystem_vendor": number(0x2C, 2),
-        "subsystem_device": number(0x2E, 2),
-        "revision": number(8, 1),
-        "class": Text(lambda process: f"0x{function.read(process.vcpu, 8, 4) >> 8:06x}\n"),
-        "config": Text(config, size=HEADER),
+        **_function(parent.function),
         "resource": Text(resource),
         "enable": Text(lambda process: f"{int(parent.bound)}\n"),
         "numa_node": _plain("-1"),
@@ -353,11 +361,13 @@ def make_sys(userland: Userland) -> Directory:
     kernel = userland.kernel
 
     def links(bus: str) -> Callable[[], dict[str, Node]]:
-        return lambda: {
-            name: Link(f"../../../devices/{_place(parent)}")
-            for name, parent in kernel.parents.items()
-            if parent.bus == bus
-        }
+        def entries() -> dict[str, Node]:
+            places = {name: _place(p) for name, p in kernel.parents.items() if p.bus == bus}
+            if bus == "pci":
+                places |= {b.name: f"pci0000:{b.name[5:7]}/{b.name}" for b in kernel.bridges}
+            return {name: Link(f"../../../devices/{place}") for name, place in places.items()}
+
+        return entries
 
     def devices() -> dict[str, Node]:
         found: dict[str, Node] = {
@@ -436,10 +446,15 @@ def make_sys(userland: Userland) -> Directory:
 def _one_of(kernel: Kernel, bus: str) -> Directory:
     """The devices of a bus, each made when it is looked at."""
 
+    def bridges() -> dict[str, Function]:
+        return {bridge.name: bridge for bridge in kernel.bridges if bus == "pci"}
+
     def names() -> list[str]:
-        return [name for name, parent in kernel.parents.items() if parent.bus == bus]
+        return [*bridges(), *(n for n, parent in kernel.parents.items() if parent.bus == bus)]
 
     def get(name: str) -> Node | None:
+        if (bridge := bridges().get(name)) is not None:
+            return Directory.of(_function(bridge))
         parent = kernel.parents.get(name)
         return _parent(kernel, parent) if parent is not None and parent.bus == bus else None
 
