@@ -7,18 +7,19 @@ import json
 import sys
 from pathlib import Path
 
+from ..emulated.config import Config
 from ..emulated.costs import Costs
 from ..emulated.identity import model_identity
+from ..emulated.machine import check
 from ..errors import UsageError
 from ..folder import AUTHORIZED_KEYS, HOST_KEY
 from ..spec import MachineSpec
-from ..x86 import Apic, Platform
+from ..x86 import Platform
 from . import Job, Launch, Login, Probe
 
 __all__ = ["Emulated"]
 
 QEMU, LINUX = "10.2.2", "6.12.107"  # what the model is held against
-XAPIC_CPUS = 255  # IDs are 8 bits wide, and one of them is everybody's
 
 
 class Emulated:
@@ -36,9 +37,7 @@ class Emulated:
                 "the emulated machine has no instructions to count, and is the same each time "
                 "without: --icount needs --backend tcg"
             )
-        platform = spec.platform or Platform()
-        if platform.apic is Apic.XAPIC and spec.smp > XAPIC_CPUS:
-            raise UsageError(f"an xAPIC machine has at most {XAPIC_CPUS} vCPUs, not {spec.smp}")
+        check(Config.of(spec))
         if spec.costs is not None:
             Costs.load(Path(spec.costs))
 

@@ -51,7 +51,9 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
         help="who has the interrupt controllers: on: KVM, off: user space, split: KVM the local "
         "APICs (default)",
     )  # fmt: skip
-    group.add_argument("--apic", choices=list(Apic), help="default: x2apic")
+    group.add_argument(
+        "--apic", choices=list(Apic), help="default: x2apic, and xapic with --irqchip off"
+    )
     group.add_argument(
         "--apicv", action="store_true", help="posted interrupts, EOI virtualization and the rest"
     )
@@ -72,9 +74,12 @@ def shape_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
     platform = None
     if args.irqchip or args.apic or args.apicv or args.pv_eoi:
+        irqchip = Irqchip(args.irqchip or Irqchip.SPLIT)
+        # KVM offers x2APIC with its own local APICs only.
+        apic = Apic.XAPIC if irqchip is Irqchip.OFF else Apic.X2APIC
         platform = Platform(
-            irqchip=Irqchip(args.irqchip or Irqchip.SPLIT),
-            apic=Apic(args.apic or Apic.X2APIC),
+            irqchip=irqchip,
+            apic=Apic(args.apic or apic),
             apicv=args.apicv,
             pv_eoi=args.pv_eoi,
         )

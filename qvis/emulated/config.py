@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..spec import MachineSpec
 from ..transport import Transport
 from ..x86 import Platform
 
@@ -34,3 +35,18 @@ class Config:
     platform: Platform = field(default_factory=Platform)
     devices: tuple[DeviceSpec, ...] = ()
     at_once: bool = False
+
+    @classmethod
+    def of(cls, spec: MachineSpec) -> Config:
+        """The machine of ``spec``, with the devices that QEMU's backends give it."""
+        return cls(
+            transport=spec.transport,
+            smp=spec.smp,
+            memory=spec.memory,
+            platform=spec.platform or Platform(),
+            devices=(
+                DeviceSpec("blk", "blk0", spec.queues),
+                DeviceSpec("net", "nic0"),
+                DeviceSpec("rng", "random0"),
+            ),
+        )

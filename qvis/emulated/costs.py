@@ -9,8 +9,8 @@ A table is a TOML file::
     cycles = 9000                          # from leaving guest mode to being back
     source = "..."                         # who measured it, where; or "assumed: why"
 
-    [steps.irqfd]                          # a key of STEPS
-    cycles = 2000
+    [steps.line]                           # a key of STEPS
+    cycles = 3000
     source = "..."
 
 ``user`` is QEMU behind an exit to user space, ``kernel`` is KVM, ``fast`` is KVM without
@@ -95,7 +95,6 @@ EXITS = tuple(
 STEPS = {
     "ioeventfd": "from the kick of a queue to the device's thread at work on it",
     "service": "what a device does for a request",
-    "irqfd": "from a device's eventfd to the local APIC, inside KVM",
     "line": "from a device's line or message to the local APIC by an ioctl of QEMU's",
     "signal": "from QEMU's local APIC to a vCPU's thread, when both are in user space",
     "notify": "from a local APIC in KVM to a vCPU that runs: the IPI from CPU to CPU",

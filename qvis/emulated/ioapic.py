@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from .messages import MSI_BASE, ApicBus, Delivery
 
-__all__ = ["IoApic"]
+__all__ = ["KVMS_VERSION", "VERSION_WITH_EOI", "IoApic"]
 
 IOREGSEL, IOWIN, EOI = 0x00, 0x10, 0x40
 ID, VERSION, ARBITRATION, TABLE = 0x00, 0x01, 0x02, 0x10
 VERSION_WITH_EOI = 0x20
+KVMS_VERSION = 0x11  # arch/x86/kvm/ioapic.h, IOAPIC_VERSION_ID
 
 MASKED = 1 << 16
 LEVEL = 1 << 15
@@ -34,11 +35,14 @@ class IoApic:
 
     __slots__ = (
         "_bus", "_entries", "_id", "_in_service", "_levels", "_lines", "_masked", "_messages",
-        "_select", "id",
+        "_select", "_version", "id",
     )  # fmt: skip
 
-    def __init__(self, bus: ApicBus, pins: int = 24, id: int = 0) -> None:
+    def __init__(
+        self, bus: ApicBus, pins: int = 24, id: int = 0, version: int = VERSION_WITH_EOI
+    ) -> None:
         self._bus = bus
+        self._version = version
         self._id = id
         self._entries = [MASKED] * pins
         self._messages = [(MSI_BASE, 0)] * pins
@@ -107,7 +111,7 @@ class IoApic:
         if select in (ID, ARBITRATION):
             return self.id << 24
         if select == VERSION:
-            return VERSION_WITH_EOI | len(self._entries) - 1 << 16
+            return self._version | len(self._entries) - 1 << 16
         pin = select - TABLE >> 1
         if not 0 <= pin < len(self._entries):
             return 0
@@ -122,7 +126,7 @@ class IoApic:
             return
         elif offset == IOWIN:
             self._write_selected(value & 0xFFFFFFFF)
-        elif offset == EOI:
+        elif offset == EOI and self._version >= VERSION_WITH_EOI:
             # QEMU ends it on all IOAPICs, whichever one's register it was.
             for ioapic in self._bus.ioapics:
                 ioapic.eoi(value & 0xFFFFFFFF)

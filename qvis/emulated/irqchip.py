@@ -48,10 +48,12 @@ from ..errors import UsageError
 from ..x86 import Apic, Irqchip, Platform
 from .costs import EXITS, Costs, Handler, Reason
 
-__all__ = ["ICR_HIGH", "XAPIC_EOI", "Exit", "Rules"]
+__all__ = ["ICR_HIGH", "XAPIC_EOI", "Exit", "Rules", "check_platform"]
 
 XAPIC_EOI, XAPIC_TPR, XAPIC_ICR, ICR_HIGH = 0x0B0, 0x080, 0x300, 0x310
 XAPIC_CURRENT_COUNT = 0x390
+NOT_VIRTUAL = (0x090, 0x0A0, 0x2F0, XAPIC_CURRENT_COUNT)
+"""Registers that APIC-register virtualization reads none of: APR, PPR, the CMCI's (SDM 30.4.2)."""
 X2APIC_TPR, X2APIC_EOI, X2APIC_ICR, X2APIC_CURRENT_COUNT, X2APIC_SELF_IPI = (
     0x808, 0x80B, 0x830, 0x839, 0x83F,
 )  # fmt: skip
@@ -89,7 +91,7 @@ class Rules:
     """
 
     def __init__(self, platform: Platform, costs: Costs) -> None:
-        _check(platform)
+        check_platform(platform)
         self.exits = [
             Exit(code, reason, handler, costs.exit(reason, handler))
             for code, (reason, handler) in enumerate(EXITS)
@@ -140,7 +142,7 @@ class Rules:
         """For a read of the local APIC's page; EPT's own rules without one in KVM."""
         if self._off or (offset != XAPIC_TPR and not self.apicv):
             return self._apic_access
-        return self._apic_access if offset == XAPIC_CURRENT_COUNT else None
+        return self._apic_access if offset in NOT_VIRTUAL else None
 
     def xapic_write(self, offset: int, value: int) -> Exit | None:
         """For a write to the local APIC's page, but for EOI."""
@@ -179,7 +181,8 @@ def _to_oneself(icr: int) -> bool:
     return icr & ICR_SHORTHAND == ICR_SELF and not icr & others and icr & 0xF0 != 0
 
 
-def _check(platform: Platform) -> None:
+def check_platform(platform: Platform) -> None:
+    """Raise :class:`UsageError` for what KVM does not have."""
     if platform.irqchip is not Irqchip.OFF:
         return
     has = {

@@ -178,6 +178,11 @@ class LocalApic:
         self.isr |= bit
         return vector
 
+    @property
+    def broadcasts(self) -> bool:
+        """Whether IOAPICs hear of ends; the SVR can suppress it, where that is offered."""
+        return not self._svr & SVR_NO_BROADCAST
+
     def eoi(self) -> int:
         """End the highest vector in service, and say which; -1: there was none.
 

@@ -17,8 +17,8 @@ from .config import Config, DeviceSpec
 from .costs import Costs
 from .devices import Block, Console, Device, Net, Rng
 from .events import Events
-from .ioapic import IoApic
-from .irqchip import Exit, Rules
+from .ioapic import KVMS_VERSION, VERSION_WITH_EOI, IoApic
+from .irqchip import Exit, Rules, check_platform
 from .lapic import LocalApic
 from .memory import Memory
 from .messages import ApicBus, Delivery
@@ -52,7 +52,7 @@ from .recorder import Counts, Recorder, RowKind, what
 from .vcpu import Vcpu
 from .virtio_pci import VirtioPci
 
-__all__ = ["Attached", "Guest", "Machine"]
+__all__ = ["Attached", "Guest", "Machine", "check"]
 
 LEAST_MEMORY, MOST_MEMORY = 16, 3072  # MiB; above that is PCI's window
 MOST_VCPUS = 4096
@@ -104,14 +104,16 @@ class Machine:
     """
 
     def __init__(self, config: Config, costs: Costs | None = None) -> None:
-        _check(config)
+        check(config)
         self.config = config
         self.costs = costs or Costs.load()
         self.events = Events()
         self.memory = Memory(config.memory * MIB)
         self.rules = Rules(config.platform, self.costs)
         self.bus = ApicBus()
-        self.ioapics = [IoApic(self.bus, LINES) for _ in IOAPICS]
+        # KVM has one of its own, if any; microvm's second is always QEMU's.
+        first = KVMS_VERSION if config.platform.irqchip is Irqchip.ON else VERSION_WITH_EOI
+        self.ioapics = [IoApic(self.bus, LINES, version=v) for v in (first, VERSION_WITH_EOI)]
         self.pic = PicPair()
         self.bus.pic = self.pic
         self.ports = Ports(self.rules, self.pic)
@@ -160,18 +162,19 @@ class Machine:
         return vcpu
 
     def _latency(self) -> int:
-        """Of the kick, the device, and its interrupt, up to the local APIC."""
-        transport, irqchip = self.config.transport, self.config.platform.irqchip
-        in_kernel = transport.vector_per_queue and irqchip is not Irqchip.OFF
-        way = "irqfd" if in_kernel else "line"
-        return sum(map(self.costs.step, ("ioeventfd", "service", way)))
+        """Of the kick, the device, and its interrupt, up to the local APIC.
+
+        Devices are in QEMU's main loop: virtio_notify() uses irqfds in IOThreads only.
+        """
+        return sum(map(self.costs.step, ("ioeventfd", "service", "line")))
 
     # What is where.
 
     def _map(self) -> None:
         rules = self.rules
-        for start, ioapic in zip(IOAPICS, self.ioapics, strict=True):
-            self._place(Place(start, ioapic, rules.ioapic), 4096)
+        exits = (rules.ioapic, rules.device)
+        for start, ioapic, exit_ in zip(IOAPICS, self.ioapics, exits, strict=True):
+            self._place(Place(start, ioapic, exit_), 4096)
         for slot in range(MMIO_SLOTS):
             self._place(Place(slot_address(slot), EmptySlot(), rules.device), SLOT_SIZE)
         self._nothing = Place(0, NOTHING, rules.device)
@@ -447,10 +450,17 @@ class Machine:
         return recorder.stop(self.events.now)
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raise :class:`UsageError` for a machine that cannot be."""
+    check_platform(config.platform)
     if not 1 <= config.smp <= MOST_VCPUS:
         raise UsageError(f"a machine has 1 to {MOST_VCPUS} vCPUs, not {config.smp}")
     if not LEAST_MEMORY <= config.memory <= MOST_MEMORY:
         raise UsageError(f"a machine has {LEAST_MEMORY} to {MOST_MEMORY} MiB, not {config.memory}")
+    if config.platform.irqchip is Irqchip.ON and config.transport is Transport.INTX:
+        raise UsageError(
+            "over intx the interrupt controllers cannot all be in KVM: devices' lines are those of "
+            "QEMU's second IOAPIC, which KVM tells of no EOI"
+        )
     if config.smp > 255 and config.platform.apic is Apic.XAPIC:
         raise UsageError(f"an xAPIC has 8 bits for an ID: not enough for {config.smp} vCPUs")

@@ -26,7 +26,7 @@ MSI_BASE = 0xFEE00000
 MSI_END = 0xFEF00000
 BROADCAST = 0xFFFFFFFF
 XAPIC_BROADCAST = 0xFF
-ROUTES = 1 << 17  # of which to remember who receives them; a guest can make up any number
+ROUTES = 1 << 17  # receivers of messages to remember; a guest can make up any number of routes
 
 Acceptor = Callable[[int, bool], bool]
 
@@ -99,6 +99,7 @@ class ApicBus:
         """Told of each vector that reaches an enabled local APIC, also of one that was
         in IRR already: (who, vector, level)."""
         self._routes: dict[tuple[int, int], tuple[tuple[Acceptor, ...], int, bool]] = {}
+        self._held = 0  # what counts for ROUTES
         self._by_id: dict[int, tuple[LocalApic, ...]] | None = None
         self._xapics: tuple[LocalApic, ...] | None = None
 
@@ -199,7 +200,9 @@ class ApicBus:
         route: tuple[tuple[Acceptor, ...], int, bool] = ((), 0, False)
         if message is not None:
             route = self._acceptors(message), message.vector, message.level
-        if len(self._routes) >= ROUTES:
+        self._held += 1 + len(route[0])
+        if self._held > ROUTES:
             self._routes.clear()
+            self._held = 1 + len(route[0])
         self._routes[address, data] = route
         return route

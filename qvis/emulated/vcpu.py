@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .irqchip import XAPIC_EOI, Exit
-from .lapic import MsrFault
+from .lapic import BASE_ENABLE, MsrFault
 from .recorder import NAMES, NOBODY, RowKind, Space
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Vcpu:
         self._due = False  # a turn is among the events
         self.running = False
         """Whether the guest's code runs here at this moment."""
-        self._kicked = False
+        self._kicked = 0  # arrivals that found it running
         self._more = False  # interrupts are left for the next turn
         self.asked = False
         """Whether the PIC has an interrupt for it."""
@@ -249,7 +249,7 @@ class Vcpu:
         if self.halted and (now < self._slept or self._untold):
             self._stir(now)
         if not self.halted and now < self.clock:
-            self._kicked = True
+            self._kicked += 1
         ready = now + self._signal
         if self._ready < ready:
             self._ready = ready
@@ -266,7 +266,8 @@ class Vcpu:
     def reset(self) -> None:
         """As after switching on; what was to be run is forgotten, and time goes on."""
         self._work.clear()
-        self._kicked = self._untold = self._more = self.asked = False
+        self._kicked = 0
+        self._untold = self._more = self.asked = False
         self.halted = True
         self._msrs.clear()
         self._pv_address = 0
@@ -331,8 +332,8 @@ class Vcpu:
             self.halted = False
             self.clock += self._wake_up
         elif self._kicked:
-            self._interrupted()
-        self._kicked = False
+            self._interrupted(self._kicked)
+        self._kicked = 0
         left = MOST
         while True:
             if self.asked and apic.extint():
@@ -356,16 +357,18 @@ class Vcpu:
             # It came while the guest had interrupts off.
             self._leave_for(self._rules.window)
 
-    def _interrupted(self) -> None:
-        """It came while the guest ran: that costs an exit, or what a processor does instead."""
+    def _interrupted(self, times: int) -> None:
+        """They came while the guest ran: each is an exit, or what a processor does instead."""
         apic, rules = self.apic, self._rules
         timer = apic.rdmsr(LVT_TIMER_MSR) if apic.x2apic else apic.read(LVT_TIMER)
         if apic.pending() == timer & 0xFF:
             self._leave_for(rules.timer)
-        elif rules.kick is not None:
-            self._leave_for(rules.kick)
-        else:
-            self.clock += self._posted
+            times -= 1
+        for _ in range(times):
+            if rules.kick is not None:
+                self._leave_for(rules.kick)
+            else:
+                self.clock += self._posted
 
     def _stir(self, now: int) -> None:
         """Something happens to a vCPU that halted, or is about to: its clock is ahead."""
@@ -430,7 +433,8 @@ class Vcpu:
 
     def _apic_write(self, address: int, size: int, value: int) -> None:
         offset = address & 0xFFF
-        if offset == XAPIC_EOI and not self.apic.x2apic:
+        apic = self.apic
+        if offset == XAPIC_EOI and size >= 4 and apic.base & BASE_ENABLE and not apic.x2apic:
             self._end()
             return
         exit_ = self._rules.xapic_write(offset, value)
@@ -465,7 +469,7 @@ class Vcpu:
         """Tell the recorder of an end, and that an IOAPIC was told of it."""
         if self._record is not None and vector >= 0:
             self._record((EOI, self.index, self.clock, 0, vector, 0))
-            if level:
+            if level and self.apic.broadcasts:
                 self._record((EOI, NOBODY, self.clock, 0, vector, 0))
 
     def _use_pv_eoi(self, value: int) -> None:

@@ -46,9 +46,11 @@ class Point:
 
     @property
     def possible(self) -> bool:
-        """Whether there can be such a machine (:class:`~qvis.emulated.irqchip.Rules`)."""
+        """Whether there can be such a machine (:func:`~qvis.emulated.machine.check`)."""
         in_kvm = self.apic is Apic.X2APIC or self.apicv or self.pv_eoi
         if self.irqchip is Irqchip.OFF and in_kvm:
+            return False
+        if self.irqchip is Irqchip.ON and self.transport is Transport.INTX:
             return False
         return self.apic is Apic.X2APIC or self.smp <= XAPIC_CPUS
 

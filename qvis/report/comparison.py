@@ -14,7 +14,7 @@ from ..experiments.result import Evidence, Metric, Result, Row
 from ..trace.export import whole_file
 from ..trace.model import Cause
 from .figures import Segment, bars, mark, strip
-from .page import Html, figure, h, join, number, page, table, tcg
+from .page import MODELLED, Html, figure, h, join, modelled, number, page, table, tcg
 
 __all__ = ["write_comparison_report"]
 
@@ -111,6 +111,8 @@ def _head(result: Result, title: str) -> Html:
             "registers. Counts hold; times say nothing about hardware.",
             class_="note",
         )
+    if any(modelled(source) for source in result.provenance.values()):
+        note = h("p", MODELLED, class_="note")
     # Runs of one transport after the other may differ in more than the transport.
     turns = len(list(groupby(result.order)))
     how = "Runs, interleaved" if turns > len(set(result.order)) else "Runs"

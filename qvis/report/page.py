@@ -11,11 +11,31 @@ import html
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
+from ..trace.model import Clock
 from ..trace.store import Provenance
 
-__all__ = ["Html", "duration", "figure", "h", "join", "number", "page", "share", "table", "tcg"]
+__all__ = [
+    "MODELLED",
+    "Html",
+    "duration",
+    "figure",
+    "h",
+    "join",
+    "modelled",
+    "number",
+    "page",
+    "share",
+    "table",
+    "tcg",
+]
 
 UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns"))
+
+
+MODELLED = (
+    "Nothing was measured: the machine is emulated. Counts are of the exits that KVM would have; "
+    "times are modelled, by a table of costs."
+)
 
 
 class Html(str):
@@ -98,6 +118,11 @@ def duration(ns: float) -> str:
     """A time in the unit that suits it: "1.20 ms"."""
     size, unit = next(((s, u) for s, u in UNITS if abs(ns) >= s), UNITS[-1])
     return f"{number(ns / size)} {unit}"
+
+
+def modelled(provenance: Provenance) -> bool:
+    """Whether nothing was measured at all: its times are made of a table of costs."""
+    return provenance.clock is Clock.MODELLED
 
 
 def tcg(provenance: Provenance) -> bool:

@@ -14,7 +14,7 @@ from ..trace.model import Cause, Kind
 from ..trace.stats import Cost, Quantiles, Stats, interrupts
 from ..trace.store import Trace
 from .figures import Segment, bars, colour, curves, mark
-from .page import Html, figure, h, join, number, page, share, table, tcg
+from .page import MODELLED, Html, figure, h, join, modelled, number, page, share, table, tcg
 from .timeline import caused, row_of, whole
 from .words import headline, plural, touch
 
@@ -55,6 +55,8 @@ def write_trace_report(trace: Trace, path: Path) -> None:
         said += " of the vCPU that took them."
         if tcg(trace.manifest.provenance):
             said += " They ran under TCG and say nothing about hardware."
+        if modelled(trace.manifest.provenance):
+            said += f" {MODELLED}"
         parts.append(figure("How long an interrupt takes", curves_of, said, source))
     if stats.costs:
         parts.append(figure("What it costs, in numbers", _costs(stats), None, source))
@@ -92,6 +94,8 @@ def _head(trace: Trace, title: str, more: list[str]) -> Html:
             "registers. Counts hold; times say nothing about hardware.",
             class_="note",
         )
+    if modelled(manifest.provenance):
+        note = h("p", MODELLED, class_="note")
     lead = (h("p", f"{sentence}.", class_="lead") for sentence in more)
     return h("header", h("p", over, class_="over"), h("h1", title), *lead, note)
 
@@ -163,8 +167,11 @@ def _steps(trace: Trace, interrupt: int) -> tuple[Html, str]:
                 h("span", *_told(row)),
             )
         )
+    whose = (
+        "Modelled nanoseconds" if modelled(trace.manifest.provenance) else "Nanoseconds of the host"
+    )
     said = (
-        f"Interrupt {number(interrupt)}, a typical one. Nanoseconds of the host count from its "
+        f"Interrupt {number(interrupt)}, a typical one. {whose} count from its "
         f"first event, {unit} of the vCPU that took it from delivery."
     )
     return h("ol", *lines, class_="steps"), said

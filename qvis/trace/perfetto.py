@@ -29,6 +29,7 @@ from perfetto.protos.perfetto.trace import (  # type: ignore[import-untyped]
     perfetto_trace_pb2 as proto,
 )
 
+from ..emulated.costs import FREQUENCY
 from .export import whole_file
 from .model import Cause, Clock, Kind
 from .store import Trace
@@ -313,6 +314,8 @@ def _per_ns(trace: Trace) -> float | None:
     clock = trace.manifest.provenance.clock
     if clock is Clock.NANOSECONDS:
         return 1.0
+    if clock is Clock.MODELLED:
+        return FREQUENCY / 1e9
     if clock is not Clock.TSC:
         return None
     both = pl.col("time").is_not_null() & pl.col("clock").is_not_null()

@@ -70,7 +70,7 @@ class Cost:
     interrupts: int
     handler: Quantiles | None  # from deliver to handler, same vCPU, in the trace's clock
     eoi: Quantiles | None  # from deliver to EOI, likewise
-    latency: Quantiles | None  # from raise to deliver, ns of host time
+    latency: Quantiles | None  # from raise to deliver, ns; of the host, or modelled as the clock
     touches: dict[Cause, float]  # accesses or exits per interrupt, on average
     usual: dict[Cause, int]  # what most interrupts needed: the most common combination
     usual_count: int  # how many needed exactly that

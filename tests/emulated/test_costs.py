@@ -69,7 +69,7 @@ def test_a_table_of_ones_own_is_read(tmp_path: Path) -> None:
         (lambda text: "frequency = [", "no table of costs"),
         (lambda text: "", "is missing"),
         (lambda text: text.replace("frequency = 2000000000", "frequency = 3"), "frequency"),
-        (lambda text: text.replace("[steps.irqfd]", "[steps.irqfoo]"), "irqfoo"),
+        (lambda text: text.replace("[steps.line]", "[steps.lime]"), "lime"),
         (lambda text: text.replace("cycles = 2320", "cycles = -1"), "cycles"),
         (lambda text: text.replace("cycles = 2320", "cycles = 2320.5"), "cycles"),
         (lambda text: text.replace("cycles = 2320", "cycles = true"), "cycles"),

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qvis.emulated.config import Config, DeviceSpec
+from qvis.emulated.costs import Reason
 from qvis.emulated.machine import Attached, Machine
 from qvis.emulated.places import ECAM
 from qvis.emulated.vcpu import Vcpu
@@ -388,3 +389,40 @@ def test_whatever_a_guest_touches_is_answered(
             assert 0 <= vcpu.inp(start + offset % 8, size) < 1 << 8 * size
     machine.events.run(10_000)
     machine.reset()
+
+
+def test_lines_and_kvms_ioapic_do_not_go_together() -> None:
+    platform = Platform(Irqchip.ON)
+    with pytest.raises(UsageError, match="which KVM tells of no EOI"):
+        Machine(Config(transport=Transport.INTX, platform=platform))
+    machine = Machine(Config(transport=Transport.MSI, platform=platform))
+    versions = []
+    for ioapic in machine.ioapics:
+        ioapic.write(0x00, 4, 1)
+        versions.append(ioapic.read(0x10, 4) & 0xFF)
+    assert versions == [0x11, 0x20]  # KVM's, and QEMU's second
+
+
+def test_who_arrives_while_a_guest_computes_kicks_each_time() -> None:
+    machine = Machine(Config(smp=1))
+    vcpu, taken = machine.vcpus[0], []
+
+    class Busy:
+        def interrupt(self, vcpu: Vcpu, vector: int) -> None:
+            taken.append(vector)
+            vcpu.eoi()
+
+        def reset(self) -> None: ...
+
+    machine.guest = Busy()
+    vcpu.wrmsr(0x1B, 0xFEE00000 | 1 << 11 | 1 << 10)
+    vcpu.wrmsr(0x80F, 0x1FF)
+    vcpu.call(vcpu.spend, 1_000_000)
+    for number in range(5):
+        machine.events.at(
+            vcpu.clock + 100_000 * (number + 1), vcpu.apic.accept, 0x41 + 16 * number, False
+        )
+    machine.events.run()
+    assert len(taken) == 5
+    kicks = [e.count for e in machine.rules.exits if e.reason is Reason.EXTERNAL_INTERRUPT]
+    assert sum(kicks) == 5

@@ -250,6 +250,14 @@ def test_routes_of_a_guest_that_makes_them_up_do_not_pile_up() -> None:
     assert bus.msi(0xFEE00000, 0x42) == 1
 
 
+def test_neither_do_receivers_of_messages_to_everybody() -> None:
+    bus = machine(250)
+    for upper in range(1000):
+        bus.msi(0xFEEFF000, upper << 16 | 0x41)
+    assert sum(len(receivers) for receivers, _, _ in bus._routes.values()) <= ROUTES
+    assert bus.msi(0xFEEFF000, 0x42) == 250
+
+
 def test_signals_go_to_the_hook_whether_or_not_the_apic_is_enabled() -> None:
     bus = machine(3, enabled=False)
     seen: list[tuple[int, Delivery, int]] = []

@@ -67,7 +67,13 @@ def test_qemu_refuses_what_only_a_model_can_do(
     ("what", "why"),
     [
         ({"icount": True}, "no instructions to count"),
-        ({"smp": 256, "platform": Platform(apic=Apic.XAPIC)}, "an xAPIC machine has at most 255"),
+        ({"smp": 256, "platform": Platform(apic=Apic.XAPIC)}, "an xAPIC has 8 bits for an ID"),
+        ({"platform": Platform(Irqchip.OFF)}, "takes a local APIC in KVM"),
+        (
+            {"platform": Platform(Irqchip.ON), "transport": qvis.Transport.INTX},
+            "QEMU's second IOAPIC, which KVM tells of no EOI",
+        ),
+        ({"memory": 4096}, "16 to 3072 MiB"),
         ({"costs": "/nowhere/costs.toml"}, "costs.toml"),
     ],
 )

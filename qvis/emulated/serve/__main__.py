@@ -23,8 +23,7 @@ from pathlib import Path
 
 from ...folder import AUTHORIZED_KEYS, CONSOLE_LOG, CONSOLE_SOCKET, HOST_KEY, qmp_sockets
 from ...spec import MachineSpec
-from ...x86 import Platform
-from ..config import Config, DeviceSpec
+from ..config import Config
 from ..costs import FREQUENCY, Costs
 from ..guest.kernel import Kernel
 from ..guest.userland import Userland
@@ -33,25 +32,10 @@ from .console import ConsoleServer
 from .qmp import QmpServer
 from .ssh import SshServer
 
-__all__ = ["config_of", "main"]
+__all__ = ["main"]
 
 SLICE = 0.005  # seconds that the machine runs before sockets get their turn
 LEAP = FREQUENCY // 1000  # cycles: what is nearer than that, 1 ms, is not waited for
-
-
-def config_of(spec: MachineSpec) -> Config:
-    """The machine of ``spec``, with the devices that QEMU's backends give it."""
-    return Config(
-        transport=spec.transport,
-        smp=spec.smp,
-        memory=spec.memory,
-        platform=spec.platform or Platform(),
-        devices=(
-            DeviceSpec("blk", "blk0", spec.queues),
-            DeviceSpec("net", "nic0"),
-            DeviceSpec("rng", "random0"),
-        ),
-    )
 
 
 def main(arguments: list[str]) -> int:
@@ -63,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
 async def _serve(spec: MachineSpec, folder: Path) -> None:
     loop = asyncio.get_running_loop()
-    machine = Machine(config_of(spec), Costs.load(Path(spec.costs) if spec.costs else None))
+    machine = Machine(Config.of(spec), Costs.load(Path(spec.costs) if spec.costs else None))
     kernel = Kernel(machine)
     machine.guest = kernel
     userland = Userland(kernel, spec.name)
