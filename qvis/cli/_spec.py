@@ -47,12 +47,14 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
     """What of a machine an emulated one can choose."""
     group = parser.add_argument_group("of an emulated machine")
     group.add_argument(
-        "--irqchip", choices=list(Irqchip),
+        "--irqchip", choices=[str(each) for each in Irqchip],
         help="who has the interrupt controllers: on: KVM, off: user space, split: KVM the local "
         "APICs (default)",
     )  # fmt: skip
     group.add_argument(
-        "--apic", choices=list(Apic), help="default: x2apic, and xapic with --irqchip off"
+        "--apic",
+        choices=[str(each) for each in Apic],
+        help="default: x2apic, and xapic with --irqchip off",
     )
     group.add_argument(
         "--apicv", action="store_true", help="posted interrupts, EOI virtualization and the rest"

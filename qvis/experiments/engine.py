@@ -10,6 +10,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ __all__ = ["Engine", "cluster", "processes"]
 
 LOGGERS = ("distributed", "tornado")
 DEADLINE = 10.0  # seconds in which a scheduler has to answer and to have a worker
+ADDRESS = re.compile(r"(\w+://)?[^/\s]+:\d{1,5}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def cluster(address: str) -> Iterator[Engine]:
 
 @contextmanager
 def _client(address: str, name: str) -> Iterator[Any]:
+    # A client that cannot read its address complains for another 20 s when it is thrown away.
+    if not ADDRESS.fullmatch(address):
+        raise UsageError(f"bad scheduler {address!r}: write it as tcp://host:8786")
     try:
         distributed = importlib.import_module("distributed")
     except ImportError as problem:

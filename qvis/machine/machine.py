@@ -303,8 +303,13 @@ def _request(
     if icount and backend == "auto":
         backend = "tcg"  # the only one that counts
     if (platform or costs) and backend == "auto":
-        backend = "emulated"  # the only one that has a choice
-    choice = backends.choose(backend) if isinstance(backend, str) else Choice(backend, "as given")
+        # The only one that has a choice.
+        reason = "for what was asked of its hardware"
+        choice = Choice(backends.choose("emulated").backend, reason)
+    elif isinstance(backend, str):
+        choice = backends.choose(backend)
+    else:
+        choice = Choice(backend, "as given")
     choice.backend.check(spec)
     note(f"backend {choice.backend.name} ({choice.reason})")
     return spec, name, choice
