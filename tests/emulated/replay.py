@@ -31,7 +31,16 @@ from qvis.emulated.pic import PicPair
 from qvis.emulated.virtio_pci import VirtioPci
 from qvis.transport import VECTORS, Transport
 
-__all__ = ["RECORDINGS", "UNCOMPARED", "Mismatch", "Replay", "Step", "load", "provenance"]
+__all__ = [
+    "DEVICE_VECTORS",
+    "RECORDINGS",
+    "UNCOMPARED",
+    "Mismatch",
+    "Replay",
+    "Step",
+    "load",
+    "provenance",
+]
 
 RECORDINGS = Path(__file__).parent / "recordings"
 UNCOMPARED = {
@@ -43,6 +52,7 @@ LOCAL_APIC, IOAPICS = range(0xFEE00000, 0xFEE01000), (0xFEC00000, 0xFEC10000)
 SLOTS, SLOT_SIZE, SLOT_COUNT, FIRST_SLOT_LINE = 0xFEB00000, 0x200, 24, 24
 ECAM = range(0xE0000000, 0xF0000000)
 LVT_TIMER, LVT_MASKED = 0x320, 1 << 16
+DEVICE_VECTORS = range(0x20, 0xEB)
 PIT_LINE, PIT_PIN = 0, 2  # ACPI's interrupt source override, wired
 PICS_LINES = 16
 
@@ -102,6 +112,8 @@ class Replay:
         self.steps = load(transport)
         self.compared = 0
         """Reads that returned what they should."""
+        self.found = 0
+        """Loads among them of what a device had written since the guest last knew."""
         self.raised = 0
         """Messages that were raised where they should be."""
         self.delivered = 0
@@ -112,6 +124,7 @@ class Replay:
         self._seen: deque[tuple[object, ...]] = deque()
         self._phase = "boot"
         self._levels: dict[int, bool] = {}
+        self._known: dict[int, int] = {}  # what the guest stored or loaded last, by byte
         self.memory = Memory(machine["memory"] << 20)
         self.bus = _Bus(self._seen)
         # Nobody runs its events: a local timer expires when the recording says so.
@@ -163,6 +176,10 @@ class Replay:
                 self._nothing_more(step)
                 self._do(step)
         self._nothing_more(self.steps[-1])
+        for apic in self.apics:
+            left = [vector for vector in DEVICE_VECTORS if apic.irr >> vector & 1]
+            if left:
+                raise self._mismatch(self.steps[-1], f"vectors {left} were never taken")
 
     def _do(self, step: Step) -> None:
         match step.kind:
@@ -177,10 +194,12 @@ class Replay:
             case "store":
                 assert step.address is not None and step.size and step.value is not None
                 self.memory.write(step.address, step.value.to_bytes(step.size, "little"))
+                self._know(step)
             case "load":
                 assert step.address is not None and step.size
                 data = self.memory.read(step.address, step.size)
                 self._compare(step, int.from_bytes(data, "little"))
+                self.found += self._know(step)
             case "line":
                 assert step.address is not None
                 self._external(step.address, bool(step.value))
@@ -222,6 +241,14 @@ class Replay:
             place.write(offset, step.value)
         else:
             place.write(offset, step.size, step.value)
+
+    def _know(self, step: Step) -> bool:
+        """The guest knows these bytes now; whether it had known others, or zeros."""
+        assert step.address is not None and step.size and step.value is not None
+        data = dict(enumerate(step.value.to_bytes(step.size, "little"), start=step.address))
+        new = any(self._known.get(at, 0) != byte for at, byte in data.items())
+        self._known.update(data)
+        return new
 
     def _compare(self, step: Step, value: int) -> None:
         if step.name in UNCOMPARED:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How processors and IOAPICs are brought up, access by access.
 
-Linux: arch/x86/kernel/apic/{apic,io_apic}.c, arch/x86/kernel/smpboot.c, kvm.c.
+Linux: arch/x86/boot/pm.c, arch/x86/kernel/apic/{apic,io_apic}.c, arch/x86/kernel/smpboot.c, kvm.c.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ COMMAND_LINE = (
 INIT_DELAY = 20_000  # cycles; processors of the last twenty years need no 10 ms
 PINS = 24
 MASKED = 1 << 16
+PIC_MASKS = ((0xA1, 0xFF), (0x21, 0xFB))  # all but the input that the second 8259 is on
 MSR_PV_EOI = 0x4B564D04
 
 
 def first_processor(vcpu: Vcpu, apic: Apic, ioapics: Sequence[int], pv_eoi: int) -> None:
     """``apic_intr_mode_init()`` and what comes before it."""
+    for port, mask in PIC_MASKS:  # mask_all_interrupts(), before it is in protected mode
+        vcpu.outp(port, 1, mask)
     apic.enable(vcpu)
     apic.read(vcpu, Register.ID)
     apic.read(vcpu, Register.VERSION)

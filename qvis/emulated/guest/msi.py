@@ -126,24 +126,24 @@ class Storage:
 
     def mask(self, vcpu: Vcpu, vector: int) -> None:
         """Steps M1 to M3."""
-        self._memory.u8[self.mask_at + vector] = 1
+        vcpu.write(self.mask_at + vector, 1, 1)
         self._update(vcpu, vector, CACHED_MASK)
 
     def unmask(self, vcpu: Vcpu, vector: int) -> bool:
         """Steps U0 to U4; whether one was pending, which the driver now has to deliver."""
-        u8 = self._memory.u8
         if self._stale[vector]:
             return False
-        u8[self.mask_at + vector] = 0
+        vcpu.write(self.mask_at + vector, 1, 0)
         self._update(vcpu, vector, CACHED_MASK)
-        if not u8[self.pending_at + vector] & 1:
+        pending = self.pending_at + vector
+        if not vcpu.read(pending, 1) & 1:
             return False
-        u8[self.pending_at + vector] = 0
+        vcpu.write(pending, 1, 0)
         return True
 
     def set_entry(self, vcpu: Vcpu, vector: int, address: int, data: int) -> None:
         """Steps R1 to R4."""
-        self._memory.u64[self.entries_at + 8 * vector >> 3] = data << 32 | address
+        vcpu.write(self.entries_at + 8 * vector, 8, data << 32 | address)
         self._update(vcpu, vector, CACHED_ENTRY)
 
     def shut_down(self, vcpu: Vcpu, vector: int) -> None:
@@ -152,5 +152,5 @@ class Storage:
             vcpu.write(self._base + VIS_UPDATE, 4, vector)
 
     def _update(self, vcpu: Vcpu, vector: int, what: int) -> None:
-        if self._memory.u8[self.cached_at + vector] & what:
+        if vcpu.read(self.cached_at + vector, 1) & what:
             vcpu.write(self._base + VIS_UPDATE, 4, vector)
