@@ -170,6 +170,30 @@ def test_reboot_switches_the_machine_off() -> None:
     assert told == [("SHUTDOWN", "guest-reset")]
 
 
+def test_what_printf_pads_is_not_cut(guest: Guest) -> None:
+    assert guest.run("printf '%5000s' x | wc -c").stdout == "5000\n"
+    assert guest.run("printf '%*s' -5000 x | wc -c").stdout == "5000\n"
+    for form in ("%999999999999s", "%.999999999d", "%4000000s%4000000s%4000000s"):
+        done = guest.run(f"printf {form} 1 | wc -c", check=False)
+        assert (done.stdout, "Cannot allocate memory" in done.stderr) == ("0\n", True)
+
+
+def test_who_reads_too_much_ends_and_so_do_its_writers(guest: Guest) -> None:
+    said = guest.run("cat /dev/zero | sort | wc -c")
+    assert (said.stdout, "sort: read error: Cannot" in said.stderr) == ("0\n", True)
+    said = guest.run("yes | tr -d '\\n' | grep x", check=False)
+    assert (said.stderr, said.status) == ("grep: out of memory\n", 1)
+
+
+def test_tail_keeps_no_more_than_it_shows(guest: Guest) -> None:
+    assert guest.run("head -c 20000000 /dev/zero | tail -c 10 | wc -c").stdout == "10\n"
+    assert guest.run("yes | head -c 9000000 | tail -n 3").stdout == "y\n" * 3
+    assert guest.run("seq 1 100000 | tail -n 2").stdout == "99999\n100000\n"
+    assert guest.run("seq 1 9 | tail -n 0; seq 1 9 | tail -c +17").stdout == "9\n"
+    done = guest.run("cat /dev/zero | tail -n 1", check=False)
+    assert done.stderr == "tail: read error: Cannot allocate memory\n"
+
+
 def test_a_reset_starts_over() -> None:
     guest = Guest(smp=2, queues=2)
     guest.run("echo x > /tmp/there")

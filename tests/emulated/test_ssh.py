@@ -14,6 +14,8 @@ from pathlib import Path
 import paramiko
 import pytest
 
+from qvis.emulated.guest.processes import Outlet
+from qvis.emulated.guest.terminal import Terminal
 from qvis.errors import GuestError, LostMachineError
 from qvis.openssh import CLIENT_KEY, KNOWN_HOSTS, client_command, close_sessions, write_config
 
@@ -143,6 +145,47 @@ def test_a_shell_on_a_terminal(served: Served) -> None:
     until(b"/dev/pts/0\r\n-sh: foo: not found\r\n~ # ")
     channel.send(b"exit 3\r")
     assert channel.recv_exit_status() == 3
+    ssh.close()
+
+
+def test_a_flooded_terminal_keeps_a_line_and_holds_up_nobody(served: Served) -> None:
+    flood, other = served.ssh(), served.ssh()
+    flood.connect(5)
+    assert flood._client
+    channel = flood._client.invoke_shell("xterm")
+    channel.settimeout(0.3)
+    sent = 0
+    with contextlib.suppress(OSError):
+        for _ in range(200):
+            sent += channel.send(b"x" * 30000)
+    assert sent
+    assert other.run("echo fine").stdout == "fine\n"
+    terminals = [
+        file
+        for process in list(served.guest.userland.processes.values())
+        for file in process.files.values()
+        if isinstance(file, Terminal) and file.name == "/dev/pts/0"
+    ]
+    assert terminals
+    assert becomes(lambda: all(len(terminal._line) == 4095 for terminal in terminals))
+    channel.close()
+    flood.close()
+    other.close()
+
+
+def test_a_terminal_that_nobody_looks_at_keeps_little(served: Served) -> None:
+    shown: list[int] = []
+    terminal = Terminal("/dev/pts/1", Outlet(lambda data: shown.append(len(data)), terminal=True))
+    for _ in range(100):
+        terminal.type(b"x" * 5000 + b"\r")
+    assert sum(shown) <= (1 << 18) + 5000
+    assert terminal._count <= 65536 + 4096
+    console = served.guest.userland.console
+    before = served.guest.machine.status
+    served.call(lambda: console.type(b"y" * 300_000 + b"\x15"))
+    ssh = served.ssh()
+    assert ssh.run("echo fine").stdout == "fine\n"
+    assert served.guest.machine.status == before
     ssh.close()
 
 

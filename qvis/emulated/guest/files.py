@@ -40,7 +40,7 @@ Steps = Generator[Step, Any, T]
 
 LINKS = 40  # symbolic links in one path, as Linux allows (MAXSYMLINKS)
 PIPE_SIZE = 65536  # bytes, pipe(7)
-SINK_SIZE = 16 << 20  # bytes that a command substitution may print
+SINK_SIZE = 4 << 20  # bytes that a command substitution may print
 NAME_MAX = 255
 
 
@@ -369,11 +369,13 @@ class Sink(OpenFile):
     def __init__(self) -> None:
         super().__init__()
         self.data = bytearray()
+        self.full = False
 
     def write(self, process: Process, data: bytes) -> Steps[None]:
-        """Raises ENOMEM when it is too much."""
-        if len(self.data) + len(data) > SINK_SIZE:
-            raise fail(errno.ENOMEM)
+        """Raises EPIPE when it is too much: who reads has given up."""
+        if self.full or len(self.data) + len(data) > SINK_SIZE:
+            self.full = True
+            raise fail(errno.EPIPE)
         self.data += data
         return
         yield

@@ -41,6 +41,7 @@ OPERATION_CYCLES = 1_000
 PATIENCE = 64  # operations after which others get their turn
 BLOCK = 65536
 OUTLET_SIZE = 1 << 18  # bytes that may wait for a client
+MEMORY_MAX = 32 << 20  # bytes that the shells of one login may hold together
 
 
 class Signal(IntEnum):
@@ -108,6 +109,13 @@ class Job:
             self.waiting.wake()
 
 
+class Memory:
+    """What the processes of one login hold together."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+
 class Outlet(OpenFile):
     """To the world outside of the guest, which takes what it likes when it likes.
 
@@ -131,8 +139,8 @@ class Outlet(OpenFile):
         self.put(data)
 
     def put(self, data: bytes) -> None:
-        """The same for those who cannot wait, such as an echo."""
-        if not self._hung_up:
+        """The same for those who cannot wait, such as an echo: it is lost if too much waits."""
+        if not self._hung_up and self._pending < OUTLET_SIZE:
             self._pending += len(data)
             self._send(data)
 
@@ -178,6 +186,9 @@ class Process:
         self.ended = Wakeup()
         self.on_end: Callable[[Process], None] | None = None
         self.children: list[Process] = []
+        alone = parent is None or parent is userland.init
+        self._memory: Memory = Memory() if alone or parent is None else parent._memory
+        self._charged = 0
         self._operations = 0
 
     @property
@@ -192,6 +203,7 @@ class Process:
         for file in self.files.values():
             file.drop()
         self.files = {}
+        self._memory.size -= self._charged
         self.userland.forget(self)
         self.ended.wake()
         if self.on_end is not None:
@@ -201,6 +213,12 @@ class Process:
         """Send it ``signal``, which ends it (0 and those that programs ignore do nothing)."""
         if signal not in (0, Signal.CHLD, Signal.CONT) and self.status is None:
             self.job.throw(Killed(self, signal))
+
+    def charge(self, count: int) -> bool:
+        """Count ``count`` bytes (less than 0: back) as its own; False if it is too much now."""
+        self._charged += count
+        self._memory.size += count
+        return count <= 0 or self._memory.size <= MEMORY_MAX
 
     # Waiting
 
@@ -270,7 +288,7 @@ class Process:
         while data := (yield from self.read(file)):
             found += data
             if len(found) > self.userland.largest:
-                raise fail(errno.ENOMEM)
+                raise fail(errno.ENOMEM, "read error")
         return bytes(found)
 
     def descriptor(self, number: int) -> OpenFile:
@@ -313,6 +331,8 @@ def run(process: Process, steps: Steps[int]) -> Steps[int]:
     except Interrupted:
         status = 128 + Signal.INT
         raise
+    except MemoryError:
+        yield from process.error(f"{process.name}: out of memory")
     except Exception as fault:  # the program's, whatever it is: the machine goes on
         process.userland.faults.append(fault)
         process.signal = Signal.SEGV

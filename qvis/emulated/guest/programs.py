@@ -8,8 +8,9 @@ import re
 import time
 from collections.abc import Iterator
 
-from .files import Device, Directory, Link, Steps
+from .files import Device, Directory, Link, Steps, fail
 from .options import MisuseError, Program, guarded, options
+from .patience import Pattern
 from .processes import Process, Signal, fork, run
 
 __all__ = ["PROGRAMS", "duration", "echo", "kill", "printf", "test"]
@@ -24,7 +25,6 @@ SIGNALS = (
     "TSTP TTIN TTOU URG XCPU XFSZ VTALRM PROF WINCH POLL PWR SYS"
 )
 CHUNK = 64  # numbers that seq writes at once
-WIDEST = 4096  # characters that a conversion may be padded to
 
 
 def _unescaped(text: str) -> tuple[str, bool]:
@@ -64,10 +64,14 @@ def printf(process: Process, arguments: list[str]) -> Steps[int]:
     form, *values = arguments
     form, ended = _unescaped(form)
     status, found, taken = 0, [], iter(values)
+    room = process.userland.largest
     while True:
         left = len(values)
-        text, used, problems = _formatted(form, taken)
+        text, used, problems = _formatted(form, taken, room)
         found.append(text)
+        room -= len(text)
+        if room < 0:
+            raise fail(errno.ENOMEM)
         for problem in problems:
             status = 1
             yield from process.error(f"{process.name}: invalid number '{problem}'")
@@ -80,8 +84,11 @@ def printf(process: Process, arguments: list[str]) -> Steps[int]:
     return status
 
 
-def _formatted(form: str, values: Iterator[str]) -> tuple[str, int, list[str]]:
-    """One pass of ``form``: the text, how many values it took, and what was no number."""
+def _formatted(form: str, values: Iterator[str], room: int) -> tuple[str, int, list[str]]:
+    """One pass of ``form``: the text, how many values it took, and what was no number.
+
+    Raises ENOMEM for what is padded to more than ``room`` characters.
+    """
     used = 0
     problems: list[str] = []
 
@@ -104,7 +111,12 @@ def _formatted(form: str, values: Iterator[str]) -> tuple[str, int, list[str]]:
                 return 0
 
     def size(text: str | None) -> int:
-        return max(-WIDEST, min(WIDEST, number(value()) if text == "*" else int(text or 0)))
+        nonlocal room
+        found = number(value()) if text == "*" else int((text or "0")[:18])
+        room -= abs(found)
+        if room < 0:
+            raise fail(errno.ENOMEM)
+        return found
 
     def one(match: re.Match[str]) -> str:
         flags, width, precision, kind = match.groups()
@@ -242,7 +254,7 @@ def _compared(process: Process, left: str, operator: str, right: str) -> bool:
             return False
     if operator == "=~":
         try:
-            return re.search(right, left) is not None
+            return Pattern(right).search(left) is not None
         except re.error:
             return False
     return {"!=": left != right, "<": left < right, ">": left > right}[operator]
@@ -454,7 +466,8 @@ def _expr(process: Process, arguments: list[str]) -> Steps[int]:
 
     if len(arguments) == 3 and arguments[1] == ":":
         try:
-            match = re.match(arguments[2].replace("\\(", "(").replace("\\)", ")"), arguments[0])
+            pattern = arguments[2].replace("\\(", "(").replace("\\)", ")")
+            match = Pattern(pattern).match(arguments[0])
         except re.error:
             match = None
         text = str(len(match[0]) if match else 0)

@@ -8,9 +8,10 @@ import re
 from dataclasses import dataclass, field
 
 from .files import Regular, Steps
-from .options import Lines, MisuseError, Program, each_file, guarded, options
+from .options import Lines, MisuseError, Program, guarded, options
+from .patience import Pattern
 from .processes import Process
-from .programs_text import expression
+from .programs_text import each_file, expression
 
 __all__ = ["PROGRAMS"]
 
@@ -23,7 +24,7 @@ class Address:
     """A line's number, ``$`` (-1), or an expression."""
 
     number: int = 0
-    pattern: re.Pattern[str] | None = None
+    pattern: Pattern | None = None
 
 
 @dataclass(slots=True)
@@ -33,7 +34,7 @@ class Command:
     name: str
     addresses: list[Address]
     negated: bool = False
-    pattern: re.Pattern[str] | None = None
+    pattern: Pattern | None = None
     text: str = ""
     flags: str = ""
     count: int = 1
@@ -51,7 +52,7 @@ class _Script:
         self.commands: list[Command] = []
         self._blocks: list[int] = []
         self._labels: dict[str, int] = {}
-        self._last: re.Pattern[str] | None = None
+        self._last: Pattern | None = None
 
     def read(self) -> list[Command]:
         while True:
@@ -131,7 +132,7 @@ class _Script:
         command.count = int(digits[:9]) if digits else 1
         command.pattern = self._pattern(source, ignore="i" in command.flags.lower())
 
-    def _pattern(self, source: str, *, ignore: bool = False) -> re.Pattern[str]:
+    def _pattern(self, source: str, *, ignore: bool = False) -> Pattern:
         if not source:
             if self._last is None:
                 raise MisuseError("no previous regexp")

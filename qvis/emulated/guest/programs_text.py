@@ -8,11 +8,13 @@ import os
 import re
 from collections.abc import Callable
 
-from .files import OpenFile, Steps
-from .options import Lines, MisuseError, Program, each_file, guarded, options
+from .files import OpenFile, Steps, fail
+from .options import Lines, MisuseError, Program, guarded, options
+from .options import each_file as opened_files
+from .patience import Pattern
 from .processes import BLOCK, Process
 
-__all__ = ["PROGRAMS", "expression"]
+__all__ = ["PROGRAMS", "each_file", "expression"]
 
 CLASSES = {"[:alpha:]": "a-zA-Z", "[:digit:]": "0-9", "[:alnum:]": "a-zA-Z0-9",
            "[:space:]": r"\s", "[:upper:]": "A-Z", "[:lower:]": "a-z",
@@ -28,7 +30,29 @@ def _failed(process: Process, name: str, problem: OSError, verb: str = "") -> St
     yield from process.error(f"{process.name}: {what}: {problem.strerror}")
 
 
-def expression(text: str, *, extended: bool, ignore: bool = False) -> re.Pattern[str]:
+class _Standard(OpenFile):
+    """Standard input, which is closed when its process ends, however that comes."""
+
+    def __init__(self, file: OpenFile) -> None:
+        super().__init__()
+        self._file = file
+
+    def read(self, process: Process, size: int) -> Steps[bytes]:
+        """As it does."""
+        return self._file.read(process, size)
+
+
+def each_file(process: Process, names: list[str]) -> list[tuple[str, OpenFile | OSError]]:
+    """Each of the files, or standard input; for one that does not open, why."""
+    found = opened_files(process, names)
+    for number, (name, file) in enumerate(found):
+        if name == "-" and not isinstance(file, OSError):
+            file.drop()  # its process holds it
+            found[number] = (name, _Standard(file))
+    return found
+
+
+def expression(text: str, *, extended: bool, ignore: bool = False) -> Pattern:
     """A POSIX regular expression as Python's; raises :class:`MisuseError` for a bad one."""
     found, at = [], 0
     while at < len(text):
@@ -68,7 +92,7 @@ def expression(text: str, *, extended: bool, ignore: bool = False) -> re.Pattern
         else:
             found.append(char)
     try:
-        return re.compile("".join(found), re.IGNORECASE if ignore else 0)
+        return Pattern("".join(found), re.IGNORECASE if ignore else 0)
     except (re.error, OverflowError, RecursionError):
         raise MisuseError(f"bad regex '{text}'") from None
 
@@ -164,14 +188,15 @@ def _tail(process: Process, arguments: list[str]) -> Steps[int]:
         opened += 1
         if len(names) > 1 and "q" not in chosen:
             yield from process.out(f"==> {name} <==\n")
-        data = yield from process.all_of(file)
-        parts = data.splitlines(True)
-        if "c" in chosen:
-            kept = data[count - 1 :] if text[0] == "+" else data[max(0, len(data) - count) :]
-        elif text[0] == "+":
-            kept = b"".join(parts[max(0, count - 1) :])
+        if text[0] == "+":
+            data = yield from process.all_of(file)
+            from_there = max(0, count - 1)
+            if "c" in chosen:
+                kept = data[from_there:]
+            else:
+                kept = b"".join(data.splitlines(True)[from_there:])
         else:
-            kept = b"".join(parts[max(0, len(parts) - count) :])
+            kept = yield from _last(process, file, count, of_bytes="c" in chosen)
         yield from process.out(kept)
         while chosen.flags & set("fF"):
             data = yield from process.read(file)
@@ -182,6 +207,29 @@ def _tail(process: Process, arguments: list[str]) -> Steps[int]:
     if names and not opened:
         yield from process.error("tail: no files")
     return status
+
+
+def _last(process: Process, file: OpenFile, count: int, *, of_bytes: bool) -> Steps[bytes]:
+    """The end of ``file``, of which no more than that is kept; raises ENOMEM if it is too much."""
+    kept = b""
+    waiting, size = [], 0
+    while True:
+        data = yield from process.read(file)
+        waiting.append(data)
+        size += len(data)
+        if data and size < len(kept) + BLOCK:
+            continue
+        kept = b"".join([kept, *waiting])
+        if of_bytes:
+            kept = kept[max(0, len(kept) - count) :]
+        else:
+            lines = kept.splitlines(True)
+            kept = b"".join(lines[max(0, len(lines) - count) :])
+        waiting, size = [], 0
+        if not data:
+            return kept
+        if len(kept) > process.userland.largest:
+            raise fail(errno.ENOMEM, "read error")
 
 
 def _wc(process: Process, arguments: list[str]) -> Steps[int]:
@@ -306,9 +354,7 @@ def _grep(process: Process, arguments: list[str]) -> Steps[int]:
     return int(not found_any)
 
 
-def _matcher(
-    patterns: list[re.Pattern[str]], *, word: bool, line: bool
-) -> Callable[[str], list[str]]:
+def _matcher(patterns: list[Pattern], *, word: bool, line: bool) -> Callable[[str], list[str]]:
     """What of a line matches."""
 
     def matches(text: str) -> list[str]:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from . import shell_parser as tree
 from .files import Directory, Link, OpenFile, Pipe, PipeEnd, Regular, Sink, Steps, fail
 from .processes import Interrupted, Killed, Process, Signal, fork, run
-from .shell_words import ExpansionError, fields, matches, pattern, string
+from .shell_words import (
+    ARGUMENT,
+    VALUE_MAX,
+    VARIABLE,
+    ExpansionError,
+    fields,
+    matches,
+    pattern,
+    string,
+)
 
 if TYPE_CHECKING:
     from .options import Program
@@ -83,6 +92,7 @@ class Shell:
         self.variables["PWD"] = process.folder
         self.variables["PPID"] = str(process.parent.pid if process.parent else 0)
         self.exported = set(process.environment()) | {"PWD"}
+        self._charges: dict[str, int] = {}  # what is counted for each variable
         self.readonly: set[str] = set()
         self.functions: dict[str, tree.Node] = {}
         self.options: set[str] = set()
@@ -111,8 +121,10 @@ class Shell:
         for name in ("variables", "exported", "readonly", "functions", "options", "positional"):
             setattr(other, name, copy.copy(getattr(self, name)))
         other.traps = {}
+        other._charges = {}
         other.interactive = False
         process.environment = other.environment
+        process.charge(len(self.variables) * VARIABLE)
         return other
 
     # Variables
@@ -144,9 +156,24 @@ class Shell:
         """Set a variable; raises :class:`FatalError` for one that is read-only."""
         if name in self.readonly:
             raise FatalError(f"{name}: is read only")
-        self.variables[name] = value
+        self.store(name, value)
         if "a" in self.options:
             self.exported.add(name)
+
+    def store(self, name: str, value: str | None) -> None:
+        """Keep ``value`` (None: no variable); raises :class:`FatalError` if it is too much."""
+        self.variables.pop(name, None)
+        self.take(name, 0 if value is None else len(value) + VARIABLE)
+        if value is not None:
+            self.variables[name] = value
+
+    def take(self, name: str, size: int) -> None:
+        """Hold that much for ``name``; raises :class:`FatalError` if it is too much."""
+        self.process.charge(-self._charges.pop(name, 0))
+        if size:
+            self._charges[name] = size
+            if not self.process.charge(size):
+                raise FatalError("out of memory")
 
     # Messages
 
@@ -385,6 +412,8 @@ class Shell:
         child = self.clone(process)
         self.status = yield from run(process, child.main(child.execute(body)))
         self._substituted += 1
+        if sink.full:
+            raise FatalError("out of memory")
         return sink.data.decode(errors="surrogateescape")
 
     # Simple commands
@@ -421,10 +450,7 @@ class Shell:
 
     def _restore(self, values: dict[str, str | None]) -> None:
         for name, value in values.items():
-            if value is None:
-                self.variables.pop(name, None)
-            else:
-                self.variables[name] = value
+            self.store(name, value)
 
     def _failed(self, status: int) -> int:
         self.status = status
@@ -462,6 +488,10 @@ class Shell:
             _close(opened)
 
     def _call(self, name: str, arguments: list[str]) -> Steps[int]:
+        held = sum(len(text) + ARGUMENT for text in arguments)
+        if not self.process.charge(held):
+            self.process.charge(-held)
+            raise FatalError("out of memory")
         before, self.positional = self.positional, arguments
         self.locals.append({})
         depth, checked = self._depth, self._checked
@@ -472,6 +502,7 @@ class Shell:
             return end.status
         finally:
             self.positional = before
+            self.process.charge(-held)
             self._restore(self.locals.pop())
 
     def program(self, words: list[str], opened: dict[int, OpenFile | None]) -> Steps[int]:
@@ -721,6 +752,9 @@ def session(shell: Shell, file: OpenFile) -> Steps[int]:
                 data = yield from process.read(file)
                 ended = not data
                 waiting += data
+                if len(waiting) + len(text) > VALUE_MAX:
+                    text, waiting = "", b""
+                    raise FatalError("out of memory")  # noqa: TRY301  # as others are below
             line, _newline, waiting = waiting.partition(b"\n")
             if ended and not line and not text:
                 return shell.status

@@ -13,6 +13,7 @@ from .programs import PROGRAMS
 from .shell import Exit, FatalError, Flow, Return, Shell, start
 from .shell_arithmetic import ExpressionError, evaluate
 from .shell_parser import NAME
+from .shell_words import ARGUMENT, VALUE_MAX, VARIABLE
 
 __all__ = ["BUILTINS"]
 
@@ -145,7 +146,7 @@ def _unset(shell: Shell, words: list[str]) -> Steps[int]:
         _checked(name, name)
         if name in shell.readonly:
             raise FatalError(f"{name}: is read only")
-        shell.variables.pop(name, None)
+        shell.store(name, None)
         shell.exported.discard(name)
     return 0
     yield
@@ -173,8 +174,7 @@ def _set(shell: Shell, words: list[str]) -> Steps[int]:
     while arguments and arguments[0][:1] in "-+" and len(arguments[0]) > 1:
         word = arguments.pop(0)
         if word == "--":
-            shell.positional = arguments
-            return 0
+            break
         letters = set(word[1:])
         if "o" in letters:
             letters = {SETTINGS.get(arguments.pop(0), "") if arguments else ""} - {""}
@@ -182,6 +182,7 @@ def _set(shell: Shell, words: list[str]) -> Steps[int]:
         change(letters)
         if not arguments:
             return 0
+    shell.take("@", sum(len(text) + ARGUMENT for text in arguments))
     shell.positional = arguments
     return 0
 
@@ -255,6 +256,8 @@ def _read(shell: Shell, words: list[str]) -> Steps[int]:
             continue
         if not (escaped and char == b"\n"):
             line += char
+            if len(line) > VALUE_MAX:
+                raise FatalError("out of memory")
         escaped = False
     text = line.decode(errors="surrogateescape")
     separators = shell.variables.get("IFS", " \t\n")
@@ -313,6 +316,7 @@ def _trap(shell: Shell, words: list[str]) -> Steps[int]:
         if words[1] == "-":
             shell.traps.pop(name, None)
         else:
+            shell.take(f"trap {name}", len(words[1]) + VARIABLE)
             shell.traps[name] = words[1]
     return 0
 

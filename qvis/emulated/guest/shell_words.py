@@ -11,18 +11,32 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .files import Directory, Steps
+from .patience import Pattern, patience
 from .shell_arithmetic import ExpressionError, evaluate
 from .shell_parser import Arithmetic, Literal, Parameter, Substitution, Word
 
 if TYPE_CHECKING:
     from .shell import Shell
 
-__all__ = ["ExpansionError", "fields", "glob_pattern", "matches", "pattern", "string"]
+__all__ = [
+    "ARGUMENT",
+    "VALUE_MAX",
+    "VARIABLE",
+    "ExpansionError",
+    "fields",
+    "glob_pattern",
+    "matches",
+    "pattern",
+    "string",
+]
 
 BLANKS = " \t\n"
 MAGIC = re.compile(r"[*?\[]")
 Piece = tuple[str, bool]  # text, and whether it is quoted, so neither split nor a pattern
 SEPARATOR: Piece = ("\0", False)  # between the fields of "$@"
+VALUE_MAX = 4 << 20  # characters in a word, and in a command
+ARGUMENT = 64  # and one of the positional parameters
+VARIABLE = 256  # bytes that a variable takes besides its value
 FIELDS_MAX = 1 << 17  # Linux has a limit of its own on what a command is given
 
 
@@ -44,11 +58,15 @@ def pattern(shell: Shell, word: Word) -> Steps[str]:
 def fields(shell: Shell, words: list[Word]) -> Steps[list[str]]:
     """What a command is given for ``words``."""
     found: list[str] = []
+    size = 0
     for word in words:
         if (plain := word.plain) is not None and not MAGIC.search(plain) and plain[:1] != "~":
             found.append(plain)  # the usual case
             continue
         pieces = yield from _pieces(shell, word, joined=False)
+        size += sum(len(text) for text, _ in pieces)
+        if size > VALUE_MAX:
+            raise ExpansionError("out of memory")
         for field in _split(pieces, shell.variables.get("IFS", BLANKS)):
             found += _expand_names(shell, field)
         if len(found) > FIELDS_MAX:
@@ -59,7 +77,12 @@ def fields(shell: Shell, words: list[Word]) -> Steps[list[str]]:
 def _pieces(shell: Shell, word: Word, *, joined: bool) -> Steps[list[Piece]]:
     """``joined``: the positional parameters are one string here, not fields of their own."""
     found: list[Piece] = []
+    size = counted = 0
     for position, part in enumerate(word.parts):
+        size += sum(len(text) for text, _ in found[counted:])
+        counted = len(found)
+        if size > VALUE_MAX:
+            raise ExpansionError("out of memory")
         if isinstance(part, Literal):
             text = part.text
             if not position and not part.quoted and text.startswith("~"):
@@ -70,13 +93,18 @@ def _pieces(shell: Shell, word: Word, *, joined: bool) -> Steps[list[Piece]]:
             found.append(_plain(output.rstrip("\n").replace("\0", ""), part.quoted))
         elif isinstance(part, Arithmetic):
             expression = yield from string(shell, part.word)
+            names = len(shell.variables)
             try:
                 value = evaluate(expression, shell.variables)
             except ExpressionError as fault:
                 raise ExpansionError(str(fault)) from None
+            if len(shell.variables) > names and not shell.process.charge(VARIABLE):
+                raise ExpansionError("out of memory")
             found.append(_plain(str(value), part.quoted))
         else:
             found += yield from _parameter(shell, part, joined=joined)
+    if size + sum(len(text) for text, _ in found[counted:]) > VALUE_MAX:
+        raise ExpansionError("out of memory")
     return found
 
 
@@ -174,7 +202,18 @@ def _replace(shell: Shell, value: str, word: Word, every: bool) -> Steps[str]:
     expression = glob_pattern(old)
     if not expression:
         return value
-    return re.sub(expression, lambda _: new, value, count=0 if every else 1, flags=re.DOTALL)
+    if (len(value) + 1) * len(new) > VALUE_MAX:  # it may be too much: count first
+        room = VALUE_MAX - len(value)
+
+        def count(_: object) -> str:
+            nonlocal room
+            room -= len(new)
+            if room < 0:
+                raise ExpansionError("out of memory")
+            return ""
+
+        Pattern(expression, re.DOTALL).sub(count, value, count=0 if every else 1)
+    return Pattern(expression, re.DOTALL).sub(lambda _: new, value, count=0 if every else 1)
 
 
 def _trim(value: str, expression: str, operator: str) -> str:
@@ -182,11 +221,12 @@ def _trim(value: str, expression: str, operator: str) -> str:
     matcher = re.compile(expression, re.DOTALL)
     size = len(value)
     lengths = range(size + 1) if len(operator) == 1 else range(size, -1, -1)
-    for length in lengths:
-        if operator[0] == "#" and matcher.fullmatch(value, 0, length):
-            return value[length:]
-        if operator[0] == "%" and matcher.fullmatch(value, size - length):
-            return value[: size - length]
+    with patience():
+        for length in lengths:
+            if operator[0] == "#" and matcher.fullmatch(value, 0, length):
+                return value[length:]
+            if operator[0] == "%" and matcher.fullmatch(value, size - length):
+                return value[: size - length]
     return value
 
 
@@ -294,7 +334,7 @@ CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9", "space": r"\
 
 def matches(expression: str) -> Callable[[str], bool]:
     """Whether a whole string matches."""
-    compiled = re.compile(expression, re.DOTALL)
+    compiled = Pattern(expression, re.DOTALL)
     return lambda text: compiled.fullmatch(text) is not None
 
 

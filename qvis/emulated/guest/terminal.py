@@ -13,8 +13,8 @@ __all__ = ["Terminal"]
 
 INTERRUPT, END, KILL, RETURN, NEWLINE, ESCAPE = 3, 4, 0x15, 13, 10, 0x1B
 ERASE = (8, 0x7F)
-LINE_MAX = 4096
-WAITING_MAX = 65536  # bytes typed ahead; more are lost, as the kernel does
+LINE_MAX = 4095  # bytes of a line; more are lost (N_TTY_BUF_SIZE, with its newline)
+WAITING_MAX = 65536  # bytes typed ahead; more are lost (TTYB_DEFAULT_MEM_LIMIT)
 # What keys send that mean nothing here: arrows, a cursor's position.
 SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?]*[@-~]|O.|[^\[O])")
 
@@ -56,6 +56,9 @@ class Terminal(OpenFile):
     def _key(self, char: int, echo: bytearray) -> None:
         line = self._line
         if char in (RETURN, NEWLINE):
+            if self._count + len(line) >= WAITING_MAX:
+                line.clear()
+                return
             echo += b"\r\n"
             self._show(echo)
             self._enter(bytes(line) + b"\n")

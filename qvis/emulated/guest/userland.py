@@ -39,7 +39,8 @@ LOUD = ("Linux version", "Kernel command line", "virtio")
 FIRST_PID = 60  # those before are the kernel's threads
 MOST_PIDS = 32768
 LOOK_AGAIN = 50_000_000  # ns, while no packets arrive
-LARGEST = 32 << 20  # bytes that a program may hold at once
+LARGEST = 8 << 20  # bytes that a program may hold at once
+ECHO_MAX = 65536  # bytes on their way to the port; echoes of more are lost
 MOST_ROOM = 128 << 20  # bytes in files, however large the guest
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -50,6 +51,7 @@ class SerialPort(Outlet):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(lambda data: None, terminal=True)
         self._kernel = kernel
+        self._echoes = 0
 
     def write(self, process: Process, data: bytes) -> Steps[None]:
         """By the processor that the writer runs on."""
@@ -62,8 +64,12 @@ class SerialPort(Outlet):
     def put(self, data: bytes) -> None:
         """An echo: by the first processor."""
         vcpu = self._kernel.machine.vcpus[0]
+        if self._echoes >= ECHO_MAX:
+            return
+        self._echoes += len(data)
 
         def send() -> None:
+            self._echoes -= len(data)
             for byte in data:
                 vcpu.outp(SERIAL, 1, byte)
 

@@ -238,8 +238,10 @@ class _Session:
         self._do(self._hung_up)
 
     def _do(self, what: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the machine's loop is over
+        try:
             self._call(what)
+        except RuntimeError:  # the machine's loop is over
+            self._room.set()
 
     # Threads of the session's own
 
@@ -273,6 +275,7 @@ class _Session:
         assert channel is not None
         try:
             while data := channel.recv(CHUNK):
+                self._room.clear()  # one at a time: the machine says when it has it
                 self._do(partial(self._typed, data))
                 self._room.wait()
         except (OSError, EOFError, paramiko.SSHException):
@@ -341,7 +344,8 @@ class _Session:
         elif not self._over:
             self._input.put(data)
             if len(self._input.data) > self._input.size:
-                self._room.clear()
+                return  # the pipe says when there is room
+        self._room.set()
 
     def _no_more(self) -> None:
         if self._terminal is not None:
