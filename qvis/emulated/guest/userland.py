@@ -6,6 +6,8 @@ Init does what guest-kernel/init does, with the same lines on the console in the
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,7 @@ CYCLES_PER_NS = 2
 LOUD = ("Linux version", "Kernel command line", "virtio")
 FIRST_PID = 60  # those before are the kernel's threads
 MOST_PIDS = 32768
+MOST_PROCESSES = 2000  # as of a guest of 512 MiB (kernel/fork.c, max_threads)
 LOOK_AGAIN = 50_000_000  # ns, while no packets arrive
 LARGEST = 8 << 20  # bytes that a program may hold at once
 ECHO_MAX = 65536  # bytes on their way to the port; echoes of more are lost
@@ -144,7 +147,9 @@ class Userland:
     # Processes
 
     def number(self, process: Process) -> int:
-        """A process ID for ``process``."""
+        """A process ID for ``process``. Raises OSError when there are too many."""
+        if len(self.processes) >= MOST_PROCESSES:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         while self._next in self.processes:
             self._next = self._next + 1 if self._next < MOST_PIDS else FIRST_PID
         number, self._next = self._next, self._next + 1
