@@ -11,6 +11,7 @@ Each does the accesses of its Linux driver, in order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from .apic import Vector, message
@@ -30,7 +31,7 @@ REMOTE_IRR = 1 << 14
 MASKED = 1 << 16
 
 
-class Chip:
+class Chip(ABC):
     """One interrupt input of a controller. ``desc`` is whose it is."""
 
     edge = True
@@ -48,17 +49,17 @@ class Chip:
         """The APIC ID that it goes to."""
         return self.kernel.machine.vcpus[self.desc.cpu].apic.id
 
+    @abstractmethod
     def mask(self, vcpu: Vcpu) -> None:
         """Let nothing through."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unmask(self, vcpu: Vcpu) -> None:
         """Let through what comes, and what came."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, vcpu: Vcpu) -> None:
         """Tell the hardware the vector and CPU of ``desc``."""
-        raise NotImplementedError
 
     def activate(self, vcpu: Vcpu) -> None:
         """A vector was assigned for the first time."""
@@ -239,14 +240,14 @@ class _MmioChip(Chip):
     def deactivate(self, vcpu: Vcpu) -> None:
         self._write(vcpu, 0, 0)
 
-    def _mask(self, vcpu: Vcpu) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _mask(self, vcpu: Vcpu) -> None: ...
 
-    def _unmask(self, vcpu: Vcpu) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _unmask(self, vcpu: Vcpu) -> None: ...
 
-    def _message(self, vcpu: Vcpu, address: int, data: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _message(self, vcpu: Vcpu, address: int, data: int) -> None: ...
 
 
 class MmioChip(_MmioChip):

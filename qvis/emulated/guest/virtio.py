@@ -6,6 +6,7 @@ Linux: drivers/virtio/virtio.c; virtio 1.3, section 3.1 (device initialization).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
@@ -89,7 +90,7 @@ class Driver(Protocol):
         """The device says that its configuration is another now."""
 
 
-class Parent:
+class Parent(ABC):
     """What a virtio device hangs on: a platform device or a PCI function.
 
     A subclass does its transport's accesses. ``device`` is None while the transport's driver
@@ -136,38 +137,39 @@ class Parent:
 
     # What a virtio device needs of its transport.
 
+    @abstractmethod
     def identify(self, vcpu: Vcpu) -> VirtioDevice:
         """Look what is there; OSError ENODEV if it is nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_status(self, vcpu: Vcpu) -> int:
         """The device's status."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_status(self, vcpu: Vcpu, status: int) -> None:
         """Likewise; 0 is not for this."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self, vcpu: Vcpu) -> None:
         """Status 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_features(self, vcpu: Vcpu) -> int:
         """What the device offers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accept(self, vcpu: Vcpu, features: int, offered: int) -> int:
         """Tell it what the driver accepts, and this transport of what it offers; all of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self, vcpu: Vcpu, offset: int, size: int) -> int:
         """A field of 1, 2 or 4 bytes of the device's configuration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def generation(self, vcpu: Vcpu) -> int:
         """Another one when the configuration has changed in between."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find_queues(
         self, vcpu: Vcpu, queues: Sequence[QueueInfo], affinities: Sequence[frozenset[int]] | None
     ) -> list[Ring]:
@@ -175,11 +177,10 @@ class Parent:
 
         Raises OSError.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def delete_queues(self, vcpu: Vcpu) -> None:
         """And back."""
-        raise NotImplementedError
 
     def set_queue_affinity(self, vcpu: Vcpu, ring: Ring, cpus: frozenset[int]) -> None:
         """Send a queue's interrupts to ``cpus``, if it has a vector of its own."""
