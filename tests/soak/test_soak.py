@@ -26,11 +26,16 @@ TIMEOUT = 300
 Soak = Callable[..., tuple[subprocess.CompletedProcess[str], dict[str, Any]]]
 
 
+@pytest.fixture(autouse=True)
+def real(backend: str) -> None:
+    """The soak is a program that a real guest runs."""
+    if backend == "emulated":
+        pytest.skip("the soak is a program for a real guest")
+
+
 @pytest.fixture
 def soak(backend: str, tmp_path: Path) -> Soak:
     """Runs the script for one transport; what it ended with, and its result."""
-    if backend == "emulated":
-        pytest.skip("the soak is a program for a real guest")
 
     def run(transport: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
         result = tmp_path / "soak.json"
