@@ -81,7 +81,7 @@ def open_source(machine: Machine, raw: Path, vmlinux: Path | None) -> Source:
     :class:`~qvis.errors.InfraError` when the machine cannot be recorded, with what it would
     take.
     """
-    reader = machine.info["reader"]
+    reader = machine.info.get("reader", "an earlier qvis")
     if reader == TcgSource.reader:
         return TcgSource(machine, raw, vmlinux)
     if reader not in SOURCES:
