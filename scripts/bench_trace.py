@@ -160,7 +160,7 @@ def boot(options: Callable[[Path], list[str]], limit: float) -> float:
         folder = Path(scratch)
         backend = Tcg()
         script = [Entry.file("etc/qvis-run", b"true\n"), Entry.file("etc/qvis-report", b"true\n")]
-        (folder / INITRD).write_bytes(backend.base_initramfs().read_bytes() + pack(script))
+        (folder / INITRD).write_bytes(backend.artifacts().initramfs.read_bytes() + pack(script))
         command = backend.launch(MachineSpec("bench"), folder).command
         at = command.index("-plugin")
         command[at : at + 2] = options(folder)

@@ -28,12 +28,13 @@ from typing import Any, NoReturn
 
 import qvis
 from qvis import backends
-from qvis.backends import Backend, Launch, Probe
+from qvis.backends import Backend, Job, Launch, Login, Probe
 from qvis.backends.qemu import DISK_SIZE
 from qvis.build import Entry, cache, pack
 from qvis.cli import report
 from qvis.errors import GuestError, LostMachineError, QvisError, UsageError
 from qvis.experiments.boot import host
+from qvis.folder import INITRD
 from qvis.machine.machine import Machine
 from qvis.paths import guest_kernel_dir
 from qvis.process import run
@@ -112,16 +113,15 @@ class TwoDisks:
         """As the other backend."""
         return self._inner.probe()
 
-    def base_initramfs(self) -> Path:
-        """What the other backend's guests start from, and the program."""
-        base = self._inner.base_initramfs()
-        source = guest_kernel_dir() / "soak.c"
-        key = cache.key(cache.compiler(), source.read_bytes(), base.read_bytes(), OPTIONS)
-        with cache.lock("soak"):
-            if not cache.find("soak", key):
-                with cache.create("soak", key) as folder:
-                    _make_initramfs(base, source, folder)
-            return cache.result("soak", key) / "initramfs.cpio"
+    def check(self, spec: MachineSpec) -> None:
+        """As the other backend."""
+        self._inner.check(spec)
+
+    def furnish(self, folder: Path, purpose: Login | Job) -> None:
+        """What the other backend's guests find, and the program."""
+        self._inner.furnish(folder, purpose)
+        with (folder / INITRD).open("ab") as initrd:
+            initrd.write(_program().read_bytes())
 
     def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
         """The other backend's machine, with disks after its own."""
@@ -137,20 +137,28 @@ class TwoDisks:
         return replace(launch, command=[*launch.command, *more])
 
 
+ARCHIVE = "soak.cpio"
 OPTIONS = "-static -O2 -Wall -Wextra -Werror -pthread"
 
 
-def _make_initramfs(base: Path, source: Path, folder: Path) -> None:
-    program = folder / "qvis-soak"
-    run(
-        ["gcc", *OPTIONS.split(), "-o", program, source],
-        stage="compile the soak program",
-        log=cache.log_file("soak"),
-        deadline=COMPILE_DEADLINE,
-    )
-    own = pack([Entry.file(PROGRAM, program.read_bytes(), 0o755)])
-    program.unlink()
-    (folder / "initramfs.cpio").write_bytes(base.read_bytes() + own)
+def _program() -> Path:
+    """An archive with the program in it, to follow a guest's others."""
+    source = guest_kernel_dir() / "soak.c"
+    key = cache.key(cache.compiler(), source.read_bytes(), OPTIONS)
+    with cache.lock("soak"):
+        if not cache.find("soak", key):
+            with cache.create("soak", key) as folder:
+                program = folder / "qvis-soak"
+                run(
+                    ["gcc", *OPTIONS.split(), "-o", program, source],
+                    stage="compile the soak program",
+                    log=cache.log_file("soak"),
+                    deadline=COMPILE_DEADLINE,
+                )
+                own = pack([Entry.file(PROGRAM, program.read_bytes(), 0o755)])
+                program.unlink()
+                (folder / ARCHIVE).write_bytes(own)
+        return cache.result("soak", key) / ARCHIVE
 
 
 class Guest:

@@ -74,7 +74,7 @@ async def _serve(spec: MachineSpec, folder: Path) -> None:
         monitors.answers.actions["reboot"] = "shutdown"  # as -no-reboot, which QEMU is given here
         await monitors.start()
         kernel.boot(userland.start)
-        await _Clock(machine).run(lambda: [*kernel.failures, *userland.faults])
+        await _Clock(machine, kernel).run(lambda: [*kernel.failures, *userland.faults])
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
@@ -84,8 +84,9 @@ def _hand_over(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> Non
 class _Clock:
     """Has a machine run, and its time pass while it waits."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, kernel: Kernel) -> None:
         self._machine = machine
+        self._kernel = kernel
         self._wake = asyncio.Event()
         self._since = 0.0  # when it began to wait, by the host's clock
         machine.on_event.append(lambda name, data: self._wake.set())
@@ -94,7 +95,9 @@ class _Clock:
         """Until the machine has shut down. What went wrong in the model goes to the log."""
         machine, told = self._machine, 0
         while machine.status != "shutdown":
-            more = machine.run_slice(SLICE, LEAP)
+            # Nobody waits for what a boot waits for, however long a table of costs makes that.
+            leap = LEAP if self._kernel.booted else None
+            more = machine.run_slice(SLICE, leap)
             for fault in faults()[told:]:
                 traceback.print_exception(fault)
                 told += 1
