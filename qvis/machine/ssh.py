@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ..errors import GuestError, LostMachineError
+from ..folder import Folder
 from ..openssh import CLIENT_KEY, KNOWN_HOSTS, USER
 
 __all__ = ["Completed", "Keys", "Ssh", "host_alias", "make_keys"]
@@ -70,7 +71,7 @@ class Ssh:
         self._client: paramiko.SSHClient | None = None
 
     def connect(self, deadline: float) -> None:
-        """Log in; tries again until ``deadline`` seconds are over.
+        """Log in; tries again until ``deadline`` seconds are over or the machine is gone.
 
         Raises :class:`LostMachineError` with the last reason. A host key that
         is not the machine's is refused at once.
@@ -103,7 +104,7 @@ class Ssh:
                 raise LostMachineError(f"not the machine's host key: {problem}") from problem
             except (OSError, EOFError, paramiko.SSHException) as problem:
                 client.close()
-                if time.monotonic() >= end:
+                if time.monotonic() >= end or not Folder(self._folder).alive:
                     raise LostMachineError(f"SSH does not answer: {problem}") from problem
                 time.sleep(0.05)
                 continue

@@ -684,6 +684,19 @@ def test_machine_that_is_killed(boot: Callable[..., Machine], tmp_path: Path) ->
     assert events["time"].min() > 0  # type: ignore[operator]
 
 
+def test_an_emulated_machine_that_is_killed(tmp_path: Path) -> None:
+    with qvis.up(backend="emulated", transport="msi", smp=1, queues=1) as vm:
+        begin = time.monotonic()
+        with pytest.raises(qvis.LostMachineError), recording(vm, tmp_path / "t"):
+            vm.ssh.run("qvis-load /dev/vda 0 60")
+            os.kill(vm.process, signal.SIGKILL)
+            vm.ssh.run("true")
+        assert time.monotonic() - begin < 10
+    manifest = Trace.open(tmp_path / "t").manifest
+    assert "the work did not end" in manifest.partial[0]
+    assert any("machine died" in reason for reason in manifest.partial)
+
+
 def test_machine_that_is_ended(boot: Callable[..., Machine], cli: Cli, tmp_path: Path) -> None:
     """By `qvis down` in the middle of a recording: its folder goes, the trace does not."""
     vm = boot(transport="msi", smp=1, queues=1)
