@@ -154,7 +154,8 @@ def test_notifications_are_counted_likewise(tmp_path: Path, kind: str) -> None:
         )
     assert tracer == qemu
     assert qemu[(QUEUE_NOTIFY, 1)] >= 100
-    assert qemu[(0x60,)] == qemu[(0x64, 1)]
+    # The window may begin or end between a vCPU's read and its acknowledgement.
+    assert abs(qemu[(0x60,)] - qemu[(0x64, 1)]) <= vm.spec.smp
     assert (qemu[(0x60,)] >= 100) == (kind == "intx")
 
 
