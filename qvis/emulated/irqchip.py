@@ -10,7 +10,8 @@ QueueNotify with an ioeventfd             the same, handled in KVM; ``fast`` whe
 a port                                    IO_INSTRUCTION, to QEMU; the PIC in KVM with ``on``
 the local APIC's page                     APIC_ACCESS: it is emulated, but for EOI (``fast``:
                                           ``handle_apic_access``). TPR: none, it is shadowed
-the same with APICv                       reads: none; writes APIC_WRITE (it is done already,
+the same with APICv                       reads: none but of :data:`NOT_VIRTUAL`; writes
+                                          APIC_WRITE (it is done already,
                                           SDM 31.4.3), and none for TPR, EOI, ICR's high word
                                           and an IPI to oneself
 the same, irqchip ``off``                 EPT_MISCONFIG, to QEMU: there is no APIC-access page
@@ -20,7 +21,8 @@ the same with APICv                       reads: none but of the timer's count; 
                                           without, and none for TPR, EOI and SELF IPI
                                           (``vmx_update_msr_bitmap_x2apic``)
 IA32_TSC_DEADLINE                         MSR_WRITE, ``fast``
-an IOAPIC                                 EPT_MISCONFIG; KVM has it with ``on``, else QEMU
+an IOAPIC                                 EPT_MISCONFIG; KVM has the first with ``on``, the
+                                          second one is always QEMU's
 ========================================  ================================================
 
 **Ends of interrupts.** Of a level-triggered one an IOAPIC has to know: with APICv its vector
@@ -53,7 +55,7 @@ __all__ = ["ICR_HIGH", "XAPIC_EOI", "Exit", "Rules", "check_platform"]
 XAPIC_EOI, XAPIC_TPR, XAPIC_ICR, ICR_HIGH = 0x0B0, 0x080, 0x300, 0x310
 XAPIC_CURRENT_COUNT = 0x390
 NOT_VIRTUAL = (0x090, 0x0A0, 0x2F0, XAPIC_CURRENT_COUNT)
-"""Registers that APIC-register virtualization reads none of: APR, PPR, the CMCI's (SDM 30.4.2)."""
+"""Those that APIC-register virtualization does not read: APR, PPR, the CMCI's (SDM 31.4.2)."""
 X2APIC_TPR, X2APIC_EOI, X2APIC_ICR, X2APIC_CURRENT_COUNT, X2APIC_SELF_IPI = (
     0x808, 0x80B, 0x830, 0x839, 0x83F,
 )  # fmt: skip
