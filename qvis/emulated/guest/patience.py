@@ -42,6 +42,8 @@ def patience() -> Iterator[None]:
         yield
     finally:
         _armed = False
+        # First: what nobody handles would end the machine.
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *others)
 
