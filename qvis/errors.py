@@ -57,6 +57,8 @@ class QvisError(Exception):
         self.command = list(command) if command is not None else None
         self.log = log
         self.tail = list(tail)
+        if self.tail:  # for tracebacks and test reports; the command line shows it by itself
+            self.add_note("the last lines:\n" + "\n".join(f"  {line}" for line in self.tail))
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.message}" if self.stage else self.message
