@@ -37,6 +37,9 @@ EXTRACT_DEADLINE = 900.0  # seconds
 DOUBT = 30.0  # seconds; no tool takes longer to write a file that it has begun
 LONG_AGO = 978307200  # seconds since the epoch: 2001-01-01
 CHECKPATCH_DEADLINE = 120.0  # seconds a patch
+# QEMU's checkpatch asks this of every patch to a header that it has from Linux. That ours are
+# there by hand, until Linux has them, is what the patch's message says.
+REMINDER = "file(s) imported from Linux, are you using"
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,9 @@ class Tree:
             )
         finally:
             file.unlink()
-        lines = [line.removeprefix(f"{file}:") for line in (done.stdout + done.stderr).splitlines()]
-        return lines or ([f"exit status {done.returncode}"] if done.returncode else [])
+        said = [line.removeprefix(f"{file}:") for line in (done.stdout + done.stderr).splitlines()]
+        lines = [line for line in said if REMINDER not in line]
+        return lines or ([f"exit status {done.returncode}"] if done.returncode and not said else [])
 
     def _known(self, patches: Sequence[Patch]) -> str:
         """The commit with these patches if it was made before, else an empty string."""
