@@ -13,8 +13,9 @@ from pathlib import Path
 from ..host import FUZZ_PACKAGES, ensure_packages, missing_packages
 from . import series
 from .fuzz import FuzzBuild
+from .host import find_host_initramfs, make_host_initramfs
 from .initramfs import Entry, find_initramfs, make_initramfs, pack
-from .linux import LinuxBuild
+from .linux import LinuxBuild, Role
 from .plugin import build_plugin
 from .qemu import QemuBuild, run_qtest
 
@@ -22,15 +23,19 @@ __all__ = [
     "Artifacts",
     "Entry",
     "FuzzBuild",
+    "Host",
     "LinuxBuild",
     "QemuBuild",
     "build_all",
     "build_fuzz",
+    "build_host",
+    "build_host_linux",
     "build_initramfs",
     "build_linux",
     "build_plugin",
     "build_qemu",
     "built",
+    "built_host",
     "pack",
     "qtest",
 ]
@@ -43,6 +48,15 @@ class Artifacts:
     qemu: QemuBuild
     linux: LinuxBuild
     initramfs: Path  # an uncompressed cpio archive, to which others can be appended
+    host_linux: LinuxBuild | None = None  # of the inner host; without, what qvis builds
+
+
+@dataclass(frozen=True)
+class Host:
+    """All that an inner host is made of."""
+
+    linux: LinuxBuild
+    initramfs: Path  # likewise, with QEMU in it
 
 
 def build_all() -> Artifacts:
@@ -81,6 +95,25 @@ def build_linux(*, patched: bool = True) -> LinuxBuild:
     """The guest's Linux with our series, or as its authors released it."""
     ensure_packages()
     return LinuxBuild.make(series.read("linux") if patched else ())
+
+
+def build_host_linux(*, patched: bool = True) -> LinuxBuild:
+    """The inner host's Linux with the series "kvm", or as its authors released it."""
+    ensure_packages()
+    return LinuxBuild.make(series.read("kvm") if patched else (), Role.HOST)
+
+
+def build_host(artifacts: Artifacts) -> Host:
+    """The inner host that runs these artifacts' QEMU; only the nested backend needs it."""
+    return Host(artifacts.host_linux or build_host_linux(), make_host_initramfs(artifacts.qemu))
+
+
+def built_host() -> Host | None:
+    """What :func:`build_host` would return for :func:`built`, if nothing had to be made for it."""
+    artifacts = built()
+    linux = LinuxBuild.find(series.read("kvm"), Role.HOST)
+    initramfs = find_host_initramfs(artifacts.qemu) if artifacts else None
+    return Host(linux, initramfs) if linux and initramfs else None
 
 
 def build_initramfs() -> Path:

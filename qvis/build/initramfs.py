@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,20 @@ from ..paths import guest_kernel_dir
 from ..process import run
 from . import cache
 
-__all__ = ["Entry", "find_initramfs", "make_initramfs", "pack"]
+__all__ = [
+    "Entry",
+    "compile_program",
+    "find_initramfs",
+    "host_program",
+    "libraries",
+    "make_initramfs",
+    "pack",
+    "userland",
+]
 
 ARCHIVE = "initramfs.cpio"
+USERLAND = ("busybox", "dropbear")
+ELF = b"\x7fELF"
 COMPILE_DEADLINE = 120.0  # seconds
 FOLDERS = ("bin", "dev", "etc", "etc/dropbear", "proc", "root", "root/.ssh", "run", "sys", "tmp")
 PRIVATE = ("root", "root/.ssh")
@@ -97,7 +108,8 @@ def make_initramfs() -> Path:
 
 def _key() -> str:
     # This module is an input too: what it puts where is the recipe.
-    inputs = [_program("busybox"), _program("dropbear"), *_own().values(), Path(__file__)]
+    own = [host_program(name) for name in USERLAND]
+    inputs = [*own, *_own().values(), Path(__file__)]
     return cache.key(cache.compiler(), *(path.read_bytes() for path in inputs))
 
 
@@ -107,22 +119,30 @@ def _own() -> dict[str, Path]:
 
 def _entries(load: Path) -> list[Entry]:
     """What the archive holds; the load program is compiled to the file ``load``."""
+    compile_program(_own()["load.c"], load, cache.log_file("initramfs"))
+    return userland({"init": _own()["init"], "bin/qvis-load": load})
+
+
+def compile_program(source: Path, program: Path, log: Path) -> None:
+    """Compile one C file so that it needs no library; :class:`BuildError` when it does not."""
     run(
-        ["gcc", "-static", "-O2", "-Wall", "-Werror", "-o", load, _own()["load.c"]],
-        stage="compile the load program",
-        log=cache.log_file("initramfs"),
+        ["gcc", "-static", "-O2", "-Wall", "-Werror", "-o", program, source],
+        stage=f"compile {source.name}",
+        log=log,
         deadline=COMPILE_DEADLINE,
     )
-    busybox, dropbear = _program("busybox"), _program("dropbear")
-    programs = {
-        "init": _own()["init"],
-        "bin/busybox": busybox,
-        "bin/dropbear": dropbear,
-        "bin/qvis-load": load,
-    }
-    programs |= {str(library).lstrip("/"): library for library in _libraries(dropbear)}
+
+
+def userland(more: Mapping[str, Path]) -> list[Entry]:
+    """busybox, dropbear and the programs ``more`` by their paths in the archive.
+
+    With the folders that they are in, and the libraries of all of them.
+    """
+    programs = {f"bin/{name}": host_program(name) for name in USERLAND} | dict(more)
+    for file in list(programs.values()):
+        programs |= {str(library).lstrip("/"): library for library in libraries(file)}
     applets = subprocess.run(
-        [busybox, "--list"], capture_output=True, text=True, timeout=30, check=True
+        [host_program("busybox"), "--list"], capture_output=True, text=True, timeout=30, check=True
     )
     entries = {
         "dev/console": Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
@@ -140,21 +160,26 @@ def _entries(load: Path) -> list[Entry]:
     return list(entries.values())
 
 
-def _program(name: str) -> Path:
+def host_program(name: str) -> Path:
+    """A program of this machine that guests are given, whatever the user's path says."""
     found = shutil.which(name, path="/usr/bin:/bin:/usr/sbin:/sbin")
     if not found:
         raise InfraError(f"no {name} on this host (Debian: busybox-static, dropbear-bin)")
     return Path(found)
 
 
-def _libraries(program: Path) -> set[Path]:
-    """The dynamic linker and all libraries that ``program`` needs, as paths on this host."""
+def libraries(program: Path) -> set[Path]:
+    """The dynamic linker and all libraries that ``program`` needs, as paths on this host.
+
+    None for a program that is static or no ELF file.
+    """
     from elftools.elf.dynamic import DynamicSection
     from elftools.elf.elffile import ELFFile
     from elftools.elf.segments import InterpSegment
 
     found: set[Path] = set()
-    waiting = [program]
+    with program.open("rb") as file:
+        waiting = [program] if file.read(len(ELF)) == ELF else []
     while waiting:
         with waiting.pop().open("rb") as file:
             elf = ELFFile(file)
@@ -178,7 +203,9 @@ def _library(name: str) -> Path:
     for folder in LIBRARY_PATH:
         if (path := Path(folder, name)).exists():
             return path
-    raise BuildError(f"no {name}, which dropbear needs, in {', '.join(LIBRARY_PATH)}")
+    raise BuildError(
+        f"no {name}, which a program of the guest's needs, in {', '.join(LIBRARY_PATH)}"
+    )
 
 
 def _padded(data: bytes, unit: int) -> bytes:

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Building the guest's Linux: tinyconfig and the fragments in ``guest-kernel/``."""
+"""Building Linux for guests and for the inner host: tinyconfig and fragments.
+
+The guest's are in ``guest-kernel/``; the inner host, which the nested backend runs
+KVM in, has those and the ones in ``guest-kernel/host/`` on top.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from ..errors import BuildError
@@ -19,7 +25,7 @@ from .recipe import Recipe, build, cpus, find, manifest
 from .series import Patch
 from .tree import Tree
 
-__all__ = ["LinuxBuild"]
+__all__ = ["LinuxBuild", "Role"]
 
 CONFIGURE_DEADLINE = 300.0  # seconds
 BUILD_DEADLINE = 3600.0  # seconds
@@ -34,13 +40,21 @@ SETTINGS = (
     "LOCALVERSION=",
 )
 
+
+class Role(Enum):
+    """What a kernel is for; each has a configuration and build folders of its own."""
+
+    GUEST = ""
+    HOST = "host"
+
+
 # Lines that make prints for a whole build, until a first one was counted.
 FIRST_GUESS = 1740
 
 
 @dataclass(frozen=True)
 class LinuxBuild:
-    """A guest kernel that was built."""
+    """A kernel that was built."""
 
     image: Path  # the bzImage
     vmlinux: Path  # with symbols; also what PVH starts
@@ -50,14 +64,14 @@ class LinuxBuild:
     key: str  # a name for everything that went into it
 
     @classmethod
-    def make(cls, patches: Sequence[Patch]) -> LinuxBuild:
+    def make(cls, patches: Sequence[Patch], role: Role = Role.GUEST) -> LinuxBuild:
         """Linux with these patches, built if it never was."""
-        return cls._of(build(_recipe(), patches))
+        return cls._of(build(_recipe(role), patches))
 
     @classmethod
-    def find(cls, patches: Sequence[Patch]) -> LinuxBuild | None:
+    def find(cls, patches: Sequence[Patch], role: Role = Role.GUEST) -> LinuxBuild | None:
         """Linux with these patches, if it was ever built."""
-        result = find(_recipe(), patches)
+        result = find(_recipe(role), patches)
         return cls._of(result) if result else None
 
     @classmethod
@@ -73,21 +87,27 @@ class LinuxBuild:
         )
 
 
-def _recipe() -> Recipe:
+def _recipe(role: Role) -> Recipe:
+    fragments = _fragments(role)
     return Recipe(
         component="linux",
         configuration="",
-        inputs=(RECORD, *SETTINGS, *(fragment.read_text() for fragment in _fragments())),
-        compile=_compile,
+        inputs=(RECORD, *SETTINGS, *(fragment.read_text() for fragment in fragments)),
+        compile=functools.partial(_compile, fragments),
+        variant=role.value,
     )
 
 
-def _fragments() -> list[Path]:
-    return sorted(guest_kernel_dir().glob("*.config"))
+def _fragments(role: Role) -> list[Path]:
+    fragments = sorted(guest_kernel_dir().glob("*.config"))
+    if role is Role.HOST:
+        fragments += sorted((guest_kernel_dir() / "host").glob("*.config"))
+    return fragments
 
 
-def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
-    fragments = _fragments()
+def _compile(
+    fragments: Sequence[Path], tree: Tree, folder: Path, result: Path, progress: Step
+) -> None:
     log = cache.log_file("linux")
     make = ["make", "-C", str(tree.src), f"O={folder}", *SETTINGS]
     merge = ["scripts/kconfig/merge_config.sh", "-m", "-O", str(folder)]
@@ -105,7 +125,7 @@ def _compile(tree: Tree, folder: Path, result: Path, progress: Step) -> None:
             log=log,
         )
 
-    counted = folder.with_name("build.lines")
+    counted = folder.with_name(f"{folder.name}.lines")
     total = int(counted.read_text()) if counted.exists() else FIRST_GUESS
     done = 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The patch series: one folder a component, with the order in its ``series`` file."""
+"""The patch series: a folder each, with the order in its ``series`` file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from pathlib import Path
 
 from .. import paths
 from ..errors import BuildError, UsageError
+from . import sources
 from .cache import key
 
-__all__ = ["Patch", "digest", "folder", "read"]
+__all__ = ["Patch", "component", "digest", "folder", "names", "read"]
+
+# Series beside those that are called as the component whose sources they change: this
+# one is for the inner host's Linux.
+MORE = {"kvm": "linux"}
 
 
 @dataclass(frozen=True)
@@ -55,33 +60,44 @@ class Patch:
         return result
 
 
-def folder(component: str) -> Path:
-    """Where the series of a component is."""
+def names() -> list[str]:
+    """All series."""
+    known = sources.components()
+    return [*known, *(name for name, changed in MORE.items() if changed in known)]
+
+
+def component(name: str) -> str:
+    """The component whose sources the series of that name changes."""
+    return MORE.get(name, name)
+
+
+def folder(name: str) -> Path:
+    """Where the series of that name is."""
     root = paths.patches_dir()
     if not root.is_dir():
         raise UsageError(f"{root}, where the patches should be, is not a folder")
-    return root / component
+    return root / name
 
 
-def read(component: str) -> tuple[Patch, ...]:
-    """The series in order; none when the component has no ``series`` file.
+def read(name: str) -> tuple[Patch, ...]:
+    """The series of that name in order; none when it has no ``series`` file.
 
     Raises :class:`BuildError` when a patch that it names is not there.
     """
-    place = folder(component)
+    place = folder(name)
     try:
-        names = (place / "series").read_text().split("\n")
+        lines = (place / "series").read_text().split("\n")
     except FileNotFoundError:
         return ()
     patches = []
-    for name in (line.partition("#")[0].strip() for line in names):
-        if not name:
+    for file in (line.partition("#")[0].strip() for line in lines):
+        if not file:
             continue
         try:
-            patches.append(Patch(name, (place / name).read_bytes()))
+            patches.append(Patch(file, (place / file).read_bytes()))
         except OSError as problem:
             raise BuildError(
-                f"{place / 'series'} names {name}: {problem.strerror}", stage="series"
+                f"{place / 'series'} names {file}: {problem.strerror}", stage="series"
             ) from problem
     return tuple(patches)
 

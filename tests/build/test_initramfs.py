@@ -92,5 +92,5 @@ def test_programs_run_where_nothing_else_is(archive: bytes, tmp_path: Path) -> N
 
 def test_library_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initramfs, "LIBRARY_PATH", ("/nowhere",))
-    with pytest.raises(BuildError, match=r"no lib\S+, which dropbear needs"):
-        initramfs._libraries(initramfs._program("dropbear"))
+    with pytest.raises(BuildError, match=r"no lib\S+, which a program of the guest's needs"):
+        initramfs.libraries(initramfs.host_program("dropbear"))
