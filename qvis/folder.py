@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from . import levels
 from .errors import InfraError, LostMachineError, UsageError
 from .paths import state_dir
 
@@ -29,8 +30,12 @@ __all__ = ["Folder", "check_free", "claim", "find", "folders", "qmp_sockets", "r
 INITRD = "initrd.img"
 HOST_KEY = "host_key"  # of an emulated guest, private
 AUTHORIZED_KEYS = "authorized_keys"  # likewise
-CONSOLE_LOG = "console.log"
+CONSOLE_LOG = levels.GUEST.log
 CONSOLE_SOCKET = "console.sock"
+HOST_CONSOLE_LOG = levels.INNER_HOST.log
+HOST_CONSOLE_SOCKET = "host-console.sock"
+HOST_QMP = "host-qmp.sock"  # of the QEMU that an inner host is in
+TRACE_SOCKET = "trace.sock"  # to the port of the inner host that traces come out of
 MIGRATION_SOCKET = "migration.sock"
 PROCESS_LOG = "process.log"  # what QEMU, say, printed
 LAUNCH = "launch.json"  # what the keeper is to start
@@ -43,8 +48,9 @@ QMP_CLIENTS = 4  # how many qvis processes can speak QMP to one machine at once
 KEPT_LOGS = 10  # folders of failed boots that are kept to be read
 
 SSH_CONTROL = "ssh.sock"
+HOST_SSH_CONTROL = "host.sock"  # short, as it has the longest path of all
 # OpenSSH binds its control socket under this longer name first.
-SOCKETS = (CONSOLE_SOCKET, MIGRATION_SOCKET, USER_QMP, f"{SSH_CONTROL}.{'x' * 16}")
+SOCKETS = (HOST_CONSOLE_SOCKET, MIGRATION_SOCKET, USER_QMP, f"{HOST_SSH_CONTROL}.{'x' * 16}")
 # sun_path holds 108 bytes with its terminating zero (unix(7)).
 LONGEST_SOCKET_PATH = 107
 
@@ -90,6 +96,16 @@ class Folder:
             time.sleep(0.01)
         return True
 
+    def obituary(self, patience: float = 0.0) -> str:
+        """Why the machine is gone, to be appended to a message; empty as long as it lives.
+
+        Waits for its end for ``patience`` seconds, where something of it has just gone.
+        """
+        if not self.wait_dead(patience):
+            return ""
+        words = levels.failure(self.path)
+        return f": {words.message}" if words else ""
+
     @property
     def keeper(self) -> int | None:
         """The keeper's process number; to be used only while :attr:`alive`."""
@@ -134,7 +150,7 @@ class Folder:
         kept.mkdir(mode=0o700, exist_ok=True)
         stem = f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}-"
         target = Path(tempfile.mkdtemp(prefix=stem, dir=kept))
-        for name in (CONSOLE_LOG, PROCESS_LOG, LAUNCH, EXIT):
+        for name in (CONSOLE_LOG, HOST_CONSOLE_LOG, PROCESS_LOG, LAUNCH, EXIT):
             # What cannot be copied, on a full disk say, is not worth hiding the reason for it.
             with suppress(OSError):
                 shutil.copy2(self / name, target / name)
@@ -166,8 +182,8 @@ def running(name: str) -> Folder:
     folder = find(name)
     if not folder.alive:
         raise LostMachineError(
-            f"machine {name!r} is not running any more; `qvis logs {name}` shows its last words, "
-            f"`qvis down {name}` clears it away"
+            f"machine {name!r} is not running any more{folder.obituary()}; `qvis logs {name}` "
+            f"shows its last words, `qvis down {name}` clears it away"
         )
     if folder.read(MACHINE) is None:
         raise UsageError(f"machine {name!r} is still starting")

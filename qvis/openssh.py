@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from .folder import SSH_CONTROL
+from .folder import HOST_SSH_CONTROL, SSH_CONTROL
 
 __all__ = ["CLIENT_KEY", "KNOWN_HOSTS", "USER", "client_command", "close_sessions", "write_config"]
 
@@ -23,16 +23,24 @@ USER = "root"
 CLIENT_KEY = "id_ed25519"
 KNOWN_HOSTS = "known_hosts"
 CONFIG = "ssh_config"
+HOST_SUFFIX = "-host"  # of the inner host's name there
 CLOSE_DEADLINE = 5.0  # seconds
 
 
-def write_config(folder: Path, alias: str, port: int) -> None:
+def write_config(folder: Path, alias: str, port: int, host_port: int | None = None) -> None:
     """Write the configuration for the guest whose SSH is at loopback ``port``.
 
-    ``alias`` is the name under which its host key is known.
+    ``alias`` is the name under which its host key is known. An inner host, if the guest
+    is in one, has the same keys at ``host_port``.
     """
-    (folder / CONFIG).write_text(
-        f"""Host {folder.name}
+    text = _host(folder, folder.name, alias, port, SSH_CONTROL)
+    if host_port is not None:
+        text += _host(folder, f"{folder.name}{HOST_SUFFIX}", alias, host_port, HOST_SSH_CONTROL)
+    (folder / CONFIG).write_text(text)
+
+
+def _host(folder: Path, name: str, alias: str, port: int, control: str) -> str:
+    return f"""Host {name}
     HostName 127.0.0.1
     Port {port}
     User {USER}
@@ -44,28 +52,34 @@ def write_config(folder: Path, alias: str, port: int) -> None:
     StrictHostKeyChecking yes
     PasswordAuthentication no
     ControlMaster auto
-    ControlPath "{folder / SSH_CONTROL}"
+    ControlPath "{folder / control}"
     ControlPersist yes
     ServerAliveInterval 15
     ServerAliveCountMax 4
     ConnectTimeout 30
     LogLevel ERROR
 """
-    )
 
 
-def client_command(folder: Path, command: Sequence[str] = ()) -> list[str]:
-    """The command line for a session, or for ``command`` word by word, in the guest."""
-    words = ["ssh", "-F", str(folder / CONFIG), folder.name]
+def client_command(folder: Path, command: Sequence[str] = (), *, host: bool = False) -> list[str]:
+    """The command line for a session, or for ``command`` word by word, in the guest.
+
+    Or, with ``host``, in the inner host.
+    """
+    name = f"{folder.name}{HOST_SUFFIX}" if host else folder.name
+    words = ["ssh", "-F", str(folder / CONFIG), name]
     return [*words, "--", shlex.join(command)] if command else words
 
 
 def close_sessions(folder: Path) -> None:
-    """End the session in the background, if there is one."""
-    if (folder / SSH_CONTROL).exists():
+    """End the sessions in the background, if there are any."""
+    for control, host in ((SSH_CONTROL, False), (HOST_SSH_CONTROL, True)):
+        if not (folder / control).exists():
+            continue
+        *words, name = client_command(folder, host=host)
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(
-                [*client_command(folder)[:3], "-O", "exit", folder.name],
+                [*words, "-O", "exit", name],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=CLOSE_DEADLINE,

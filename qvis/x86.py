@@ -35,17 +35,18 @@ class Platform:
 
     ``apicv``: APIC-register virtualization, virtual-interrupt delivery and posted interrupts
     (SDM volume 3, chapter 31; AMD calls it AVIC). ``pv_eoi``: KVM's paravirtual EOI
-    (Documentation/virt/kvm/x86/msr.rst, MSR_KVM_PV_EOI_EN).
+    (Documentation/virt/kvm/x86/msr.rst, MSR_KVM_PV_EOI_EN), None what the backend does unasked:
+    QEMU offers it under KVM, the emulated machine does not.
     """
 
     irqchip: Irqchip = Irqchip.SPLIT
     apic: Apic = Apic.X2APIC
     apicv: bool = False
-    pv_eoi: bool = False
+    pv_eoi: bool | None = None
 
     @property
     def description(self) -> str:
         """All of it in a few words, such as "split irqchip, x2apic, APICv"."""
         words = [f"{self.irqchip} irqchip", str(self.apic)]
-        words += ["APICv"] * self.apicv + ["PV EOI"] * self.pv_eoi
+        words += ["APICv"] * self.apicv + ["PV EOI"] * bool(self.pv_eoi)
         return ", ".join(words)

@@ -20,7 +20,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -123,9 +123,16 @@ class TwoDisks:
         with (folder / INITRD).open("ab") as initrd:
             initrd.write(_program().read_bytes())
 
-    def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
+    def launch(
+        self,
+        spec: MachineSpec,
+        folder: Path,
+        *,
+        incoming: bool = False,
+        options: Sequence[str] = (),
+    ) -> Launch:
         """The other backend's machine, with disks after its own."""
-        launch = self._inner.launch(spec, folder, incoming=incoming)
+        launch = self._inner.launch(spec, folder, incoming=incoming, options=options)
         more: list[str] = []
         for disk in range(1, DISKS):
             more += [

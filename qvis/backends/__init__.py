@@ -7,6 +7,7 @@ package can bring one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -38,6 +39,10 @@ class Launch:
     provenance: dict[str, Any]
     reader: str  # of its traces: a key of qvis.trace.sources.SOURCES
     vmlinux: Path | None  # the guest's kernel with its symbols; None: no code of a kernel runs
+    nested: bool = False
+    """Whether the guest is in an inner host: ``program`` runs that, the inner host's console is
+    on ``host-console.sock`` and in ``host-console.log``, and ``host-qmp.sock`` is ``program``'s
+    QMP, while the other sockets belong to the QEMU in the inner host."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Job:
 
     run: str
     report: str  # afterwards, for what is to be read off the console
+    before: str = ""  # what an inner host does before it starts QEMU
+    login: Login | None = None  # into the inner host
 
 
 class Backend(Protocol):
@@ -79,8 +86,18 @@ class Backend(Protocol):
     def furnish(self, folder: Path, purpose: Login | Job) -> None:
         """Put into ``folder`` what the guest is to find there."""
 
-    def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
-        """How to start ``spec`` in ``folder``; ``incoming`` waits for a migration."""
+    def launch(
+        self,
+        spec: MachineSpec,
+        folder: Path,
+        *,
+        incoming: bool = False,
+        options: Sequence[str] = (),
+    ) -> Launch:
+        """How to start ``spec`` in ``folder``; comes before :meth:`furnish`.
+
+        ``incoming`` waits for a migration, and ``options`` are for the QEMU that runs the guest.
+        """
 
 
 @dataclass(frozen=True)

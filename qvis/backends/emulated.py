@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..emulated.config import Config
@@ -48,7 +49,14 @@ class Emulated:
             (folder / name).touch(mode=0o600)
             (folder / name).write_bytes(content)
 
-    def launch(self, spec: MachineSpec, folder: Path, *, incoming: bool = False) -> Launch:
+    def launch(
+        self,
+        spec: MachineSpec,
+        folder: Path,
+        *,
+        incoming: bool = False,
+        options: Sequence[str] = (),
+    ) -> Launch:
         if incoming:
             raise UsageError("an emulated machine cannot be migrated: its guest is no memory image")
         platform = spec.platform or Platform()

@@ -16,13 +16,16 @@ from pathlib import Path
 from ..errors import UsageError
 from ..paths import cache_dir
 from ..spec import MachineSpec
+from ..x86 import Apic, Irqchip, Platform
 from . import Probe
 from .qemu import KERNEL_COMMAND_LINE, Accelerator, QemuBackend
 
-__all__ = ["Kvm"]
+__all__ = ["Kvm", "check_platform", "kvm_accelerator", "vis_in_kvm"]
 
 DEVICE = Path("/dev/kvm")
 KVM_GET_API_VERSION = 0xAE00  # _IO(KVMIO, 0x00), Documentation/virt/kvm/api.rst 4.1
+KVM_CHECK_EXTENSION = 0xAE03  # _IO(KVMIO, 0x03), 4.4
+KVM_CAP_VIRTIO_VIS = 245  # of the series "kvm"
 KVM_CREATE_VM = 0xAE01  # _IO(KVMIO, 0x01), 4.2
 API_VERSION = 12  # the only one there has been since Linux 2.6.22
 
@@ -40,10 +43,16 @@ class Kvm(QemuBackend):
     def check(self, spec: MachineSpec) -> None:
         super().check(spec)
         if spec.icount:
-            raise UsageError("KVM cannot count instructions: --icount needs --backend tcg")
+            raise UsageError(
+                "KVM cannot count instructions: --icount needs --backend tcg, or --backend nested, "
+                "which counts those of the inner host as well"
+            )
+
+    def check_platform(self, spec: MachineSpec) -> None:
+        check_platform(spec.platform)
 
     def accelerator(self, spec: MachineSpec) -> Accelerator:
-        return Accelerator("kvm", "host")
+        return kvm_accelerator(spec.platform)
 
     def probe(self) -> Probe:
         """Open, create a VM, then boot our own kernel to its init, with a deadline.
@@ -109,6 +118,48 @@ class Kvm(QemuBackend):
             child.kill()
             child.wait()
             child.stdout.close()
+
+
+def vis_in_kvm() -> bool:
+    """Whether this host's KVM has the series "kvm"."""
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return fcntl.ioctl(device, KVM_CHECK_EXTENSION, KVM_CAP_VIRTIO_VIS) > 0
+    except OSError:
+        return False
+    finally:
+        os.close(device)
+
+
+def check_platform(platform: Platform | None) -> None:
+    """Raise :class:`UsageError` for what QEMU cannot ask of KVM."""
+    if platform is None:
+        return
+    if platform.apicv:
+        raise UsageError(
+            "--apicv is for --backend emulated: KVM uses what the processor has (the parameter "
+            "enable_apicv of kvm_intel, avic of kvm_amd), and QEMU cannot ask for it"
+        )
+    if platform.irqchip is Irqchip.OFF:
+        # apic_get_class() in target/i386/cpu-apic.c
+        raise UsageError(
+            "--irqchip off is for --backend emulated: QEMU has no local APIC that works with KVM "
+            "from user space; on and split can be had"
+        )
+
+
+def kvm_accelerator(platform: Platform | None) -> Accelerator:
+    """KVM with the processor as it is, but for what ``platform`` says."""
+    accel, cpu = "kvm", "host"
+    if platform is not None:
+        accel += f",kernel-irqchip={platform.irqchip}"
+        cpu += f",x2apic={'on' if platform.apic is Apic.X2APIC else 'off'}"
+        if platform.pv_eoi is not None:
+            cpu += f",kvm-pv-eoi={'on' if platform.pv_eoi else 'off'}"
+    return Accelerator(accel, cpu, iothread=True)
 
 
 def _refusal_without_boot() -> str | None:

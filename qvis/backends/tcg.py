@@ -15,7 +15,7 @@ from ..spec import MachineSpec
 from . import Probe
 from .qemu import KERNEL_HZ, Accelerator, QemuBackend
 
-__all__ = ["Tcg"]
+__all__ = ["REPEATABLE", "REPEATABLE_CPU", "REPEATABLE_KERNEL", "Tcg", "clock", "host_tsc_khz"]
 
 RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")  # rdtsc; shl rdx,32; or rax,rdx; ret
 SAMPLE = 0.02  # seconds; gives the rate to a few parts in ten thousand
@@ -50,18 +50,19 @@ class Tcg(QemuBackend):
         tracer = ("-plugin", f"file={plugin},control={TRACE_CONTROL}")
         if spec.icount:
             return Accelerator(
-                "tcg,thread=single", REPEATABLE_CPU, f"{_clock(1_000_000)} {REPEATABLE_KERNEL}",
+                "tcg,thread=single", REPEATABLE_CPU, f"{clock(1_000_000)} {REPEATABLE_KERNEL}",
                 (*tracer, *REPEATABLE),
             )  # fmt: skip
-        return Accelerator("tcg,thread=multi", "max", _clock(_host_tsc_khz()), tracer)
+        return Accelerator("tcg,thread=multi", "max", clock(host_tsc_khz()), tracer)
 
 
-def _clock(khz: int) -> str:
+def clock(khz: int) -> str:
+    """What tells a kernel the rate of its TSC, in kHz, which it then need not measure."""
     return f"tsc_early_khz={khz} tsc=reliable lpj={khz * 1000 // KERNEL_HZ} no_timer_check"
 
 
 @functools.cache
-def _host_tsc_khz() -> int:
+def host_tsc_khz() -> int:
     """The rate of what QEMU takes for the host's ticks (cpu_get_host_ticks), in kHz."""
     if platform.machine() not in ("x86_64", "AMD64"):
         # QEMU falls back on nanoseconds for hosts whose counter it does not read.

@@ -35,6 +35,7 @@ VERBS = {
     "trace": "record what a guest does to devices, and look at what was recorded",
     "compare": "measure what operations cost on each transport",
     "sweep": "what interrupts cost over a grid of emulated machines",
+    "gate": "hold a guest's touches of devices against a file of exact counts",
     "calibrate": "fit the emulated machine's costs to traces of a real one",
     "build": "build QEMU, Linux and the initramfs",
     "patches": "apply, check, refresh or list the patch series",

@@ -21,15 +21,17 @@ def add_spec(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--icount", action="store_true",
-        help="count instructions for time: slower, and the same every time (TCG)",
+        help="count instructions for time: slower, and the same every time (tcg, nested)",
     )  # fmt: skip
 
 
 def add_shape(parser: argparse.ArgumentParser, smp: int = 2) -> None:
     """Those of them that machines which are to be compared have in common."""
     parser.add_argument(
-        "--backend", default="auto", help="auto, kvm, tcg or emulated (default: %(default)s)"
-    )
+        "--backend", default="auto",
+        help="auto, kvm, tcg, nested or emulated (default: %(default)s); nested is KVM in an inner "
+        "host, on any machine",
+    )  # fmt: skip
     parser.add_argument(
         "--smp", type=int, default=smp, metavar="N", help="vCPUs (default: %(default)s)"
     )
@@ -44,8 +46,8 @@ def add_shape(parser: argparse.ArgumentParser, smp: int = 2) -> None:
 
 
 def add_platform(parser: argparse.ArgumentParser) -> None:
-    """What of a machine an emulated one can choose."""
-    group = parser.add_argument_group("of an emulated machine")
+    """What of a machine can be chosen where the backend has a choice."""
+    group = parser.add_argument_group("interrupt hardware", "of --backend kvm, nested and emulated")
     group.add_argument(
         "--irqchip", choices=[str(each) for each in Irqchip],
         help="who has the interrupt controllers: on: KVM, off: user space, split: KVM the local "
@@ -57,12 +59,17 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
         help="default: x2apic, and xapic with --irqchip off",
     )
     group.add_argument(
-        "--apicv", action="store_true", help="posted interrupts, EOI virtualization and the rest"
-    )
-    group.add_argument("--pv-eoi", action="store_true", help="KVM's paravirtual EOI")
+        "--apicv", action="store_true",
+        help="posted interrupts, EOI virtualization and the rest (emulated only)",
+    )  # fmt: skip
     group.add_argument(
-        "--costs", type=Path, metavar="FILE", help="what exits cost, of `qvis calibrate`"
-    )
+        "--pv-eoi", action=argparse.BooleanOptionalAction,
+        help="KVM's paravirtual EOI (default: on under KVM, off on an emulated machine)",
+    )  # fmt: skip
+    group.add_argument(
+        "--costs", type=Path, metavar="FILE",
+        help="what exits cost, of `qvis calibrate` (emulated only)",
+    )  # fmt: skip
 
 
 def spec_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def shape_arguments(args: argparse.Namespace) -> dict[str, Any]:
     from ..spec import parse_memory
 
     platform = None
-    if args.irqchip or args.apic or args.apicv or args.pv_eoi:
+    if args.irqchip or args.apic or args.apicv or args.pv_eoi is not None:
         irqchip = Irqchip(args.irqchip or Irqchip.SPLIT)
         # KVM offers x2APIC with its own local APICs only.
         apic = Apic.XAPIC if irqchip is Irqchip.OFF else Apic.X2APIC

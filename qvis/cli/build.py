@@ -9,18 +9,28 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..build import LinuxBuild, QemuBuild, build_initramfs, build_linux, build_qemu
+from ..build import (
+    LinuxBuild,
+    QemuBuild,
+    build_host_linux,
+    build_initramfs,
+    build_linux,
+    build_qemu,
+)
 from ._output import print_json
 
 PARTS: dict[str, Callable[[bool], QemuBuild | LinuxBuild | Path]] = {
     "qemu": lambda patched: build_qemu(patched=patched),
     "linux": lambda patched: build_linux(patched=patched),
     "initramfs": lambda _: build_initramfs(),
+    "host": lambda patched: build_host_linux(patched=patched),
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("part", nargs="?", choices=PARTS, help="only this one")
+    parser.add_argument(
+        "part", nargs="?", choices=PARTS, help="only this one; host is the inner host's Linux"
+    )
     parser.add_argument("--sources", metavar="DIR", type=Path,
                         help="look for source tarballs here first (QVIS_SOURCES)")  # fmt: skip
     parser.add_argument("--unpatched", action="store_true",

@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     checks: list[Callable[[], Iterator[Finding]]] = [
-        _python, _packages, _space, _memory, _series, _builds, _backends, _tracing,
+        _python, _packages, _space, _memory, _series, _builds, _backends, _vis, _tracing,
     ]  # fmt: skip
     findings = []
     for check in checks:
@@ -116,33 +116,47 @@ def _memory() -> Iterator[Finding]:
 def _series() -> Iterator[Finding]:
     from ..build import series
 
-    for component in ("qemu", "linux"):
-        patches = series.read(component)
-        yield Finding(f"{component} series", Verdict.OK, f"{len(patches)} patches")
+    for name in series.names():
+        patches = series.read(name)
+        yield Finding(f"{name} series", Verdict.OK, f"{len(patches)} patches")
 
 
 def _builds() -> Iterator[Finding]:
-    from ..build import built
+    from ..build import built, built_host
 
     if built():
         yield Finding("builds", Verdict.OK, "QEMU, Linux and the initramfs are built")
     else:
         text = "not all of QEMU, Linux and the initramfs is built"
         yield Finding("builds", Verdict.NOTE, text, "`qvis build`; `qvis up` does it too")
+    if built_host():
+        yield Finding("inner host", Verdict.OK, "its Linux and its file system are built")
+    else:
+        remedy = "`qvis build`; `qvis up --backend nested` does it too"
+        yield Finding("inner host", Verdict.NOTE, "it is not built, only nested needs it", remedy)
 
 
 def _backends() -> Iterator[Finding]:
     from ..backends import available
-    from ..build import built
+    from ..build import built, built_host
 
     for name, backend in sorted(available().items()):
-        if name in BUILT and not built():
-            text = "tried when QEMU, Linux and the initramfs are built"
+        if (name in BUILT and not built()) or (name == "nested" and not built_host()):
+            text = "tried when all that it is made of is built"
             yield Finding(f"backend {name}", Verdict.NOTE, text, "qvis build")
             continue
         probe = backend.probe()
         verdict = Verdict.OK if probe.works else Verdict.NOTE
         yield Finding(f"backend {name}", verdict, probe.reason)
+
+
+def _vis() -> Iterator[Finding]:
+    from ..backends.kvm import vis_in_kvm
+    from ..build import series
+
+    for name, inside in (("kvm", vis_in_kvm()), ("nested", bool(series.read("kvm")))):
+        text = "inside KVM" if inside else "by cached routes: this KVM has no series kvm"
+        yield Finding(f"VIS on {name}", Verdict.OK if inside else Verdict.NOTE, text)
 
 
 def _tracing() -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..folder import CONSOLE_LOG, PROCESS_LOG, find
+from ..folder import CONSOLE_LOG, HOST_CONSOLE_LOG, PROCESS_LOG, find
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder = find(args.name)
-    for title, name in (("console", CONSOLE_LOG), ("process", PROCESS_LOG)):
+    logs = [("console", CONSOLE_LOG), ("process", PROCESS_LOG)]
+    if (folder / HOST_CONSOLE_LOG).exists():
+        logs.insert(1, ("console of the inner host", HOST_CONSOLE_LOG))
+    for title, name in logs:
         path = folder / name
         text = path.read_text(errors="replace") if path.exists() else ""
         print(f"== {title}: {path}")

@@ -31,7 +31,7 @@ def _state(folder: Folder) -> str:
     if folder.alive:
         return "running" if folder.read(MACHINE) else "starting"
     status = (folder.read(EXIT) or {}).get("status")
-    if status is None:
+    if status is None or folder.obituary():
         return "died"
     return "shut down" if status == 0 else f"died (status {status})"
 

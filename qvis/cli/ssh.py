@@ -7,17 +7,23 @@ import argparse
 import os
 import shutil
 
-from ..errors import InfraError
-from ..folder import running
+from ..errors import InfraError, UsageError
+from ..folder import MACHINE, running
 from ..openssh import client_command
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME")
+    parser.add_argument(
+        "--host", action="store_true", help="into the inner host that the guest is in"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    command = client_command(running(args.name).path)
+    folder = running(args.name)
+    if args.host and (folder.read(MACHINE) or {}).get("host_ssh_port") is None:
+        raise UsageError(f"machine {args.name!r} has no inner host: --backend nested has one")
+    command = client_command(folder.path, host=args.host)
     if not shutil.which(command[0]):
         raise InfraError("a shell needs OpenSSH's client: install openssh-client")
     os.execvp(command[0], command)

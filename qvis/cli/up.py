@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ._output import print_json
 from ._spec import add_spec, spec_arguments
@@ -25,15 +26,26 @@ def run(args: argparse.Namespace) -> int:
         return 0
     info, spec = machine.info, machine.spec
     source = info["provenance"]
+    host = f"  qvis ssh {machine.name} --host one in the inner host\n" if machine.host else ""
     print(
         f"{machine.name} is up: {spec.transport}, {spec.smp} vCPUs, {spec.memory} MiB, "
         f"{spec.queues} queues, booted in {info['boot']['total']:.1f} s\n"
         f"  QEMU {source['qemu']} (series {source['qemu_series']}), accelerator "
         f"{source['accelerator']}\n"
-        f"  Linux {source['linux']} (series {source['linux_series']})\n"
+        f"  Linux {source['linux']} (series {source['linux_series']})\n{_kvm(info)}"
         f"  qvis ssh {machine.name}        a shell in it\n"
         f"  qvis irq {machine.name}        its interrupts\n"
-        f"  qvis down {machine.name}       end it\n"
+        f"{host}  qvis down {machine.name}       end it\n"
         f"  {machine.folder / 'qmp.sock'}  QMP for your own tools"
     )
     return 0
+
+
+def _kvm(info: dict[str, Any]) -> str:
+    """What there is to say of KVM, as whole lines."""
+    source, lines = info["provenance"], ""
+    if "kvm_series" in source:
+        lines += f"  inner host: Linux {source['host_linux']} (series {source['kvm_series']})\n"
+    if "vis_in_kvm" in info:
+        lines += f"  VIS: {'inside KVM' if info['vis_in_kvm'] else 'by cached routes'}\n"
+    return lines

@@ -2,8 +2,9 @@
 """Following a boot stage by stage, each with its own deadline.
 
 The stages up to ``ssh`` are read off the serial console, which works without
-any of the interrupts under test. Whatever goes wrong, the error names the
-stage and shows the last lines that the guest or the machine's process printed.
+any of the interrupts under test; those of an inner host, if there is one, off its
+own. Whatever goes wrong, the error names the stage, and the level where there are
+several, and shows the last lines that it or the machine's process printed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from .. import levels
 from ..errors import BootError, InfraError, QvisError
-from ..folder import CONSOLE_LOG, EXIT, LAUNCH, PROCESS_LOG, Folder
-from ..process import TAIL_LINES, tail
+from ..folder import EXIT, LAUNCH, PROCESS_LOG, Folder
+from ..levels import GUEST, INNER_HOST, Level
+from ..process import tail
 from ..spec import MachineSpec
 
 __all__ = ["Boot", "Stage", "time_scale"]
@@ -26,14 +28,13 @@ POLL = 0.01  # seconds between looks at the console
 # A guest whose host had no time for it while it calibrated its APIC timer goes on
 # without one, and then waits for ever (arch/x86/kernel/apic/apic.c).
 NO_TIMER = "disabling apic timer"
-PANIC = "Kernel panic - not syncing"
-# How long the rest of a panic's text may take to arrive before it is shown.
-PANIC_SETTLE = 0.5
+# How long the rest of what was said may take to arrive before it is shown.
+SETTLE = 0.5
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a boot: it ends when ``marker`` is on the console.
+    """A part of a boot: it ends when ``marker`` is on the console of its level.
 
     ``deadline`` is in seconds on an idle host with hardware virtualization.
     """
@@ -41,6 +42,7 @@ class Stage:
     name: str
     marker: str
     deadline: float
+    level: Level = GUEST
 
 
 CONSOLE_STAGES = (
@@ -49,10 +51,18 @@ CONSOLE_STAGES = (
     Stage("init", "qvis-stage: network", 10),
     Stage("network", "qvis-stage: ssh", 5),
 )
+# Before those of the guest, where it is in an inner host.
+HOST_STAGES = (
+    Stage("host firmware", "Linux version ", 5, INNER_HOST),
+    Stage("host kernel", "qvis-stage: host init", 15, INNER_HOST),
+    Stage("host init", "qvis-stage: host qemu", 10, INNER_HOST),
+)
 # Without SSH: the guest runs a script by itself.
 SCRIPT_STAGES = CONSOLE_STAGES[:-1]
 SCRIPT_ENDED = "qvis-stage: done"
+HOST_SHUTDOWN = "qvis-stage: host shutdown"  # on an inner host's console: the guest's
 LAUNCH_DEADLINE = 20.0  # seconds of the host, which no accelerator slows down
+HOST_QEMU_DEADLINE = 10.0  # until the inner QEMU answers on QMP
 SSH_DEADLINE = 15.0
 
 
@@ -69,17 +79,16 @@ class Boot:
         self._folder = folder
         self._scale = scale
         self._entered = entered
-        self._console = folder / CONSOLE_LOG
         self.times: dict[str, float] = {}
 
     def follow_console(self, stages: Sequence[Stage] | None = None) -> None:
         """Wait for every one of the stages, or of those up to SSH, in turn.
 
-        Raises :class:`BootError` for a panic, for a guest that ended, and for a
-        stage over its deadline; :class:`InfraError` when the machine never started.
+        Raises :class:`BootError` for a panic, for a guest or an inner host that ended, and for
+        a stage over its deadline; :class:`InfraError` when the machine never started.
         """
         for stage in CONSOLE_STAGES if stages is None else stages:
-            wait = functools.partial(self._wait, stage.marker)
+            wait = functools.partial(self._wait, stage)
             self.stage(stage.name, stage.deadline * self._scale, wait)
 
     def stage(self, name: str, deadline: float, work: Callable[[float], None]) -> None:
@@ -93,69 +102,64 @@ class Boot:
             raise
         self.times[name] = time.monotonic() - start
 
-    def failure(self, message: str, kind: type[QvisError] = BootError) -> QvisError:
-        """An error with what was printed last: by the guest, else by its machine."""
-        lines = tail(self._console) or tail(self._folder / PROCESS_LOG)
+    def failure(
+        self, message: str, kind: type[QvisError] = BootError, level: Level = GUEST
+    ) -> QvisError:
+        """An error with what was printed last: by the level, else by the machine's process."""
+        lines = tail(self._folder / level.log) or tail(self._folder / PROCESS_LOG)
         return kind(message, tail=lines)
 
     def ended(self) -> QvisError | None:
-        """Why the machine ended, if it did."""
+        """Why the machine ended, or is about to, if it did."""
+        if levels.failure(self._folder.path):
+            # What it printed last may come after we looked.
+            self._folder.wait_dead(SETTLE)
+            words = levels.failure(self._folder.path)
+            assert words is not None
+            return BootError(words.message, tail=words.tail)
         if self._folder.alive and not (self._folder / EXIT).exists():
             return None
         self._folder.wait_dead(5)
         said = tail(self._folder / PROCESS_LOG)
         program = (self._folder.read(LAUNCH) or {}).get("program", "the machine")
         status = (self._folder.read(EXIT) or {}).get("status")
-        if not self._text():
+        first = INNER_HOST if (self._folder / INNER_HOST.log).exists() else GUEST
+        if not self._text(first):
             return InfraError(
-                f"{program} ended with status {status} before the guest printed anything: "
+                f"{program} ended with status {status} before {first.name} printed anything: "
                 f"{said[-1] if said else 'it gave no reason'}",
                 tail=said,
             )
+        level = levels.died(self._folder.path)
         if status:
             reason = said[-1] if said else "?"
-            return self.failure(f"{program} ended with status {status}: {reason}")
-        return self.failure("the guest shut down or was reset")
+            return self.failure(f"{program} ended with status {status}: {reason}", level=level)
+        return self.failure(f"{level.name} shut down or was reset", level=level)
 
-    def _wait(self, marker: str, deadline: float) -> None:
+    def _wait(self, stage: Stage, deadline: float) -> None:
         end = time.monotonic() + deadline
         while True:
-            text = self._text()
-            if marker in text:
+            problem = self.ended()
+            # After that, since what it printed last may have come meanwhile.
+            text = self._text(stage.level)
+            if stage.marker in text and (problem is None or not levels.failure(self._folder.path)):
                 return
-            if PANIC in text:
-                self._folder.wait_dead(PANIC_SETTLE)
-                raise self._panic()
             if NO_TIMER in text:
                 raise self.failure(
-                    "the host was too busy for the guest to calibrate its timer: try again when "
-                    "it has less to do",
+                    f"this host was too busy for {stage.level.name} to calibrate its timer: try "
+                    "again when it has less to do",
                     InfraError,
+                    stage.level,
                 )
-            if problem := self.ended():
-                # What it printed last may have come after we looked.
-                if marker in self._text() and PANIC not in self._text():
-                    return
-                if PANIC in self._text():
-                    continue
+            if problem:
                 raise problem
             if time.monotonic() > end:
                 raise self.failure(
-                    f"no sign of {marker.strip()!r} on the console within {deadline:.0f} s"
+                    f"no sign of {stage.marker.strip()!r} on {stage.level.name}'s console within "
+                    f"{deadline:.0f} s",
+                    level=stage.level,
                 )
             time.sleep(POLL)
 
-    def _panic(self) -> QvisError:
-        """What the guest panicked of, with the lines around it."""
-        lines = self._text().splitlines()
-        at = next(number for number, line in enumerate(lines) if PANIC in line)
-        reason = lines[at].split(PANIC)[1].strip(" :-")
-        return BootError(
-            f"the guest panicked: {reason}", tail=lines[max(0, at - 3) : at - 3 + TAIL_LINES]
-        )
-
-    def _text(self) -> str:
-        try:
-            return Path(self._console).read_text(errors="replace")
-        except OSError:
-            return ""
+    def _text(self, level: Level) -> str:
+        return levels.text(self._folder.path, level)

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from .. import backends
 from ..backends import Backend, Choice, Job, Login
-from ..errors import BootError, InfraError, LostMachineError, QvisError
+from ..backends.kvm import Kvm
+from ..errors import InfraError, LostMachineError, QvisError, UsageError
 from ..folder import (
-    CONSOLE_LOG,
     INITRD,
     LAUNCH,
     MACHINE,
@@ -32,23 +31,15 @@ from ..folder import (
     running,
 )
 from ..guest.interrupts import Interrupts
-from ..openssh import CLIENT_KEY, KNOWN_HOSTS, write_config
-from ..progress import note, step
+from ..openssh import CLIENT_KEY, KNOWN_HOSTS
+from ..progress import note
 from ..spec import MachineSpec
 from ..transport import Transport
 from ..x86 import Platform
 from . import keeper
-from .boot import (
-    LAUNCH_DEADLINE,
-    SCRIPT_ENDED,
-    SCRIPT_STAGES,
-    SSH_DEADLINE,
-    Boot,
-    Stage,
-    time_scale,
-)
 from .console import Console
 from .end import end
+from .follow import Follower
 from .qmp import Qmp
 from .ssh import Ssh, host_alias, make_keys
 
@@ -56,9 +47,8 @@ __all__ = ["Machine", "Script", "run_script", "up"]
 
 CLEANUP_DEADLINE = 10.0  # seconds
 MIGRATION_DEADLINE = 60.0
-SHUTDOWN_DEADLINE = 5.0
 POLL = 0.02
-FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\S+\s+127\.0\.0\.1\s+(\d+)\s")
+DISK = "blk0"  # as QEMU and the emulated machine call it
 
 
 class Machine:
@@ -84,6 +74,9 @@ class Machine:
         self._choice = choice
         self._qmp: Qmp | None = None
         self.ssh = Ssh(folder.path, info["ssh_port"])
+        port = info.get("host_ssh_port")
+        self.host = Ssh(folder.path, port) if port is not None else None
+        """The inner host that the guest is in; None where there is none."""
 
     @classmethod
     def attach(cls, name: str) -> Machine:
@@ -121,6 +114,23 @@ class Machine:
             raise LostMachineError(f"machine {self.name!r} has no process")
         return int(children[0])
 
+    @property
+    def vis_in_kvm(self) -> bool:
+        """Whether KVM itself delivers the disk's interrupts from storage.
+
+        Otherwise, where there is storage at all, QEMU does, or KVM by routes that copy it.
+        """
+        with contextlib.suppress(UsageError):  # what a QEMU says that lacks the property
+            disk = f"/machine/peripheral/{DISK}"
+            bus = str(self.qmp("qom-get", path=disk, property="parent_bus"))
+            transport = bus.rpartition("/")[0]
+            return bool(self.qmp("qom-get", path=transport, property="vis-in-kvm"))
+        return False
+
+    def adopt(self, qmp: Qmp) -> None:
+        """Use this session from now on."""
+        self._qmp = qmp
+
     def console(self) -> Console:
         """A session on the guest's serial console, which needs no device interrupt."""
         return Console(self.folder)
@@ -142,13 +152,19 @@ class Machine:
 
     def close(self) -> None:
         """Close this object's connections; a machine of our own ends with them."""
-        self.ssh.close()
-        if self._qmp:
-            self._qmp.close()
-            self._qmp = None
+        self.close_connections()
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
+
+    def close_connections(self) -> None:
+        """Close them, and leave the machine as it is."""
+        self.ssh.close()
+        if self.host:
+            self.host.close()
+        if self._qmp:
+            self._qmp.close()
+            self._qmp = None
 
     def migrate(self, name: str | None = None) -> Machine:
         """Move the guest, live, to a new machine on this host, and return that.
@@ -158,6 +174,8 @@ class Machine:
         :class:`InfraError` with QEMU's reason when the migration fails; the
         guest then goes on here.
         """
+        if self.host:
+            raise UsageError("a guest in an inner host cannot be migrated out of it")
         choice = self._choice or backends.choose(self.info["provenance"]["backend"])
         target = _start(self.spec, name, choice, source=self.folder)
         try:
@@ -182,10 +200,10 @@ class Machine:
 
     def _await_guest(self, limit: float) -> None:
         """Wait until the guest that came here runs."""
-        if not self._wait_status({"running"}, limit - time.monotonic()):
+        if not self.wait_status({"running"}, limit - time.monotonic()):
             raise InfraError("the guest moved, but does not run", stage="migration")
 
-    def _wait_status(self, wanted: set[str], deadline: float) -> bool:
+    def wait_status(self, wanted: set[str], deadline: float) -> bool:
         """Wait up to ``deadline`` seconds for one of these run states; whether it came."""
         limit = time.monotonic() + deadline
         while self.qmp("query-status")["status"] not in wanted:
@@ -237,8 +255,8 @@ def up(
 
     ``memory`` is in MiB, ``queues`` counts the virtio-blk device's request
     queues, with ``icount`` the guest's time is the instructions that it executes.
-    ``platform`` and ``costs`` are for the emulated backend: which interrupt hardware
-    there is, and a file with what exits cost.
+    ``platform`` is which interrupt hardware there is, for backends that have a choice: KVM, here
+    or nested, and the emulated one, for which ``costs`` is a file with what exits cost.
     ``backend`` is a name, "auto", or a backend made by hand, say one
     with another QEMU or kernel. The machine ends with the ``with`` block or
     with this process, unless it is detached. Raises :class:`UsageError` for
@@ -303,9 +321,7 @@ def _request(
     if icount and backend == "auto":
         backend = "tcg"  # the only one that counts
     if (platform or costs) and backend == "auto":
-        # The only one that has a choice.
-        reason = "for what was asked of its hardware"
-        choice = Choice(backends.choose("emulated").backend, reason)
+        choice = _with_hardware(spec)
     elif isinstance(backend, str):
         choice = backends.choose(backend)
     else:
@@ -313,6 +329,16 @@ def _request(
     choice.backend.check(spec)
     note(f"backend {choice.backend.name} ({choice.reason})")
     return spec, name, choice
+
+
+def _with_hardware(spec: MachineSpec) -> Choice:
+    """The backend for what was asked of its hardware: KVM where it works and has it."""
+    try:
+        Kvm().check(spec)
+        return backends.choose("kvm")
+    except (InfraError, UsageError) as refusal:
+        reason = f"not kvm: {refusal.message}; emulated: for what was asked of its hardware"
+        return Choice(backends.choose("emulated").backend, reason)
 
 
 def _start(
@@ -330,12 +356,11 @@ def _start(
     try:
         spec = MachineSpec.from_json({**spec.to_json(), "name": folder.name})
         try:
-            launch = backend.launch(spec, folder.path, incoming=source is not None)
-            _prepare(folder, backend, source, script)
             # QEMU stays when the guest has shut down, to be asked what was where.
-            more = ["-no-shutdown", *script.qemu_options] if script else []
-            command = [*launch.command, *more]
-            folder.write(LAUNCH, {"command": command, "program": launch.program})
+            options = ["-no-shutdown", *script.qemu_options] if script else []
+            launch = backend.launch(spec, folder.path, incoming=source is not None, options=options)
+            _prepare(folder, backend, source, script)
+            folder.write(LAUNCH, {"command": launch.command, "program": launch.program})
         except OSError as problem:
             raise InfraError(
                 f"cannot prepare {folder.path}: {problem}", stage="launch"
@@ -351,7 +376,11 @@ def _start(
             "reader": launch.reader,
             "vmlinux": str(launch.vmlinux) if launch.vmlinux else None,
         }
-        return _follow(folder, spec, choice, info, lifeline, source=source, script=script)
+        follower = Follower(
+            folder, spec, backend.slowdown, launch.nested, info,
+            lambda info: Machine(folder, info, lifeline, choice),
+        )  # fmt: skip
+        return follower.follow(migrated=source is not None, script=script)
     except BaseException as problem:
         if isinstance(problem, QvisError):
             problem.command = problem.command or (folder.read(LAUNCH) or {}).get("command")
@@ -371,7 +400,9 @@ def _prepare(
 ) -> None:
     """Put keys, and what the guest is to find, into a new machine's folder."""
     if script:
-        backend.furnish(folder.path, script.job)
+        keys = make_keys(folder.path)
+        login = Login(folder.name, keys.host_key, keys.authorized)
+        backend.furnish(folder.path, replace(script.job, login=login))
         script.prepare(folder.path)
     elif source:
         for file in (INITRD, CLIENT_KEY):
@@ -402,63 +433,3 @@ def _start_keeper(folder: Folder, lock: int) -> int:
     finally:
         os.close(ours)
     return lifeline
-
-
-def _follow(
-    folder: Folder,
-    spec: MachineSpec,
-    choice: Choice,
-    info: dict[str, Any],
-    lifeline: int,
-    *,
-    source: Folder | None,
-    script: Script | None,
-) -> Machine:
-    start = time.monotonic()
-    with contextlib.ExitStack() as undo, step(f"boot {spec.name}", folder / CONSOLE_LOG) as shown:
-        scale = time_scale(spec, choice.backend.slowdown)
-        boot = Boot(folder, scale, shown.say)
-        sessions: list[Qmp] = []
-
-        def launch(left: float) -> None:
-            try:
-                sessions.append(Qmp(folder, left))
-            except LostMachineError as problem:
-                raise boot.ended() or boot.failure(str(problem), InfraError) from problem
-
-        boot.stage("launch", LAUNCH_DEADLINE, launch)
-        qmp = sessions[0]
-        undo.callback(qmp.close)
-        forward = FORWARD.search(qmp.monitor("info usernet"))
-        if not forward:
-            raise InfraError("no port of this host leads to the guest's SSH", stage="launch")
-        info["ssh_port"] = int(forward[1])
-        write_config(folder.path, host_alias(folder.path), info["ssh_port"])
-        machine = Machine(folder, info, lifeline, choice)
-        machine._qmp = qmp
-        undo.callback(machine.ssh.close)
-        if script:
-            script.started(machine)
-            boot.follow_console(SCRIPT_STAGES)
-            boot.follow_console([Stage("script", SCRIPT_ENDED, script.deadline / scale)])
-
-            def shut_down(left: float) -> None:
-                if not machine._wait_status({"shutdown"}, left):
-                    raise boot.failure("the guest did not shut down after its script")
-
-            boot.stage("shutdown", SHUTDOWN_DEADLINE * scale, shut_down)
-        elif source is None:
-            boot.follow_console()
-
-            def login(left: float) -> None:
-                try:
-                    machine.ssh.connect(left)
-                    machine.ssh.run("true", deadline=left)
-                except LostMachineError as problem:
-                    raise boot.ended() or boot.failure(problem.message, BootError) from problem
-
-            boot.stage("ssh", SSH_DEADLINE * scale, login)
-        info["boot"] = {"stages": boot.times, "total": time.monotonic() - start}
-        folder.write(MACHINE, info)
-        undo.pop_all()
-    return machine

@@ -28,6 +28,7 @@ COMMAND_DEADLINE = 60.0
 CLOSE_DEADLINE = 5.0
 POLL = 0.01
 EVENT_POLL = 0.5
+OBITUARY_DEADLINE = 3.0  # in which a machine ends whose QEMU did
 
 # It logs as errors what is raised to us anyway.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -41,11 +42,16 @@ class Qmp:
     among them: it is the user's.
     """
 
-    def __init__(self, folder: Folder, deadline: float = CONNECT_DEADLINE) -> None:
-        """Connect; :class:`InfraError` when all monitors are taken, and
-        :class:`LostMachineError` when none answers within ``deadline`` seconds."""
+    def __init__(
+        self, folder: Folder, deadline: float = CONNECT_DEADLINE, name: str | None = None
+    ) -> None:
+        """Connect, to the socket ``name`` where it is another than the guest's QEMU's.
+
+        Raises :class:`InfraError` when all monitors are taken, and
+        :class:`LostMachineError` when none answers within ``deadline`` seconds.
+        """
         self._folder = folder
-        self._lock, socket = _free_socket(folder)
+        self._lock, socket = _free_socket(folder, name)
         end = time.monotonic() + deadline
         self._loop = asyncio.new_event_loop()
         while True:
@@ -62,7 +68,7 @@ class Qmp:
                 self.close()
                 raise LostMachineError(
                     f"machine {folder.name!r} does not answer on QMP "
-                    f"({problem or 'no greeting in time'})",
+                    f"({problem or 'no greeting in time'}){folder.obituary()}",
                     stage="qmp",
                 ) from problem
             return
@@ -79,7 +85,8 @@ class Qmp:
             raise UsageError(f"QMP {command}: {problem}") from problem
         except (ExecInterruptedError, QMPError, OSError) as problem:
             raise LostMachineError(
-                f"machine {self._folder.name!r} went away during QMP {command} ({problem!r})",
+                f"machine {self._folder.name!r} went away during QMP {command} ({problem!r})"
+                f"{self._folder.obituary(OBITUARY_DEADLINE)}",
                 stage="qmp",
             ) from problem
 
@@ -128,9 +135,9 @@ class Qmp:
         self.close()
 
 
-def _free_socket(folder: Folder) -> tuple[int, Path]:
+def _free_socket(folder: Folder, name: str | None) -> tuple[int, Path]:
     """The first of our sockets that nobody uses, and the lock that now holds it."""
-    sockets = list(qmp_sockets(folder.path).values())[1:]
+    sockets = [folder / name] if name else list(qmp_sockets(folder.path).values())[1:]
     for socket in sockets:
         lock = os.open(socket.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -25,6 +25,7 @@ from ..openssh import CLIENT_KEY, KNOWN_HOSTS, USER
 __all__ = ["Completed", "Keys", "Ssh", "host_alias", "make_keys"]
 
 COMMAND_DEADLINE = 60.0  # seconds
+OBITUARY_DEADLINE = 3.0  # in which a machine ends that a connection broke with
 
 # Its threads print tracebacks for what connect() expects and tries again.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -105,7 +106,9 @@ class Ssh:
             except (OSError, EOFError, paramiko.SSHException) as problem:
                 client.close()
                 if time.monotonic() >= end or not Folder(self._folder).alive:
-                    raise LostMachineError(f"SSH does not answer: {problem}") from problem
+                    raise LostMachineError(
+                        f"SSH does not answer: {problem}{Folder(self._folder).obituary()}"
+                    ) from problem
                 time.sleep(0.05)
                 continue
             self._client = client
@@ -139,12 +142,10 @@ class Ssh:
             ) from problem
         except (OSError, EOFError, paramiko.SSHException) as problem:
             self.close()
-            raise LostMachineError(
-                f"the connection broke during {command!r}: {problem}", stage="ssh"
-            ) from problem
+            raise self._lost(command, f" ({problem})") from problem
         if status < 0 and not transport.is_active():  # paramiko's word for no status at all
             self.close()
-            raise LostMachineError(f"the connection broke during {command!r}", stage="ssh")
+            raise self._lost(command)
         done = Completed(command, status, stdout, stderr)
         if check and status:
             raise GuestError(
@@ -154,6 +155,12 @@ class Ssh:
                 tail=(stdout + stderr).splitlines()[-15:],
             )
         return done
+
+    def _lost(self, command: str, reason: str = "") -> LostMachineError:
+        why = Folder(self._folder).obituary(OBITUARY_DEADLINE)
+        return LostMachineError(
+            f"the connection broke during {command!r}{reason}{why}", stage="ssh"
+        )
 
     def close(self) -> None:
         """End the connection; the next command makes a new one."""

@@ -19,7 +19,7 @@ USAGE = [
         "up --transport isa",
         "unknown transport 'isa': choose one of pci, intx, msi, vis, vis-doorbell",
     ),
-    ("up --backend xen", "unknown backend 'xen': choose one of auto, emulated, kvm, tcg"),
+    ("up --backend xen", "unknown backend 'xen': choose one of auto, emulated, kvm, nested, tcg"),
     ("up --smp 0", "--smp must be between 1 and 1024, not 0"),
     ("up --smp many", "invalid int value: 'many'"),
     ("up --queues 0", "--queues must be between 1 and 256, not 0"),

@@ -115,7 +115,7 @@ def test_init_that_hangs(
 def test_guest_without_sshd(
     fails: Callable[..., qvis.QvisError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qvis.machine.machine.SSH_DEADLINE", 0.5)
+    monkeypatch.setattr("qvis.machine.follow.SSH_DEADLINE", 0.5)
     text = (
         "for s in init network ssh; do echo qvis-stage: $s; done; echo no sshd; "
         "/bin/busybox sleep 1000"
@@ -157,7 +157,7 @@ def test_qemu_that_dies_without_a_word(
 def test_qemu_that_hangs(
     fails: Callable[..., qvis.QvisError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qvis.machine.machine.LAUNCH_DEADLINE", 1.0)
+    monkeypatch.setattr("qvis.machine.follow.LAUNCH_DEADLINE", 1.0)
     problem = fails(failing(qemu_binary=script(tmp_path / "qemu", "exec sleep 1000")))
     assert isinstance(problem, qvis.InfraError)
     assert problem.stage == "launch"
@@ -167,7 +167,7 @@ def test_qemu_that_does_not_speak(
     fails: Callable[..., qvis.QvisError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A monitor that accepts and says nothing does not hold the launch beyond its deadline."""
-    monkeypatch.setattr("qvis.machine.machine.LAUNCH_DEADLINE", 2.0)
+    monkeypatch.setattr("qvis.machine.follow.LAUNCH_DEADLINE", 2.0)
     mute = tmp_path / "mute.py"
     mute.write_text(
         "import socket, time\ns = socket.socket(socket.AF_UNIX)\n"

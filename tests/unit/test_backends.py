@@ -12,6 +12,8 @@ from qvis import Apic, InfraError, Irqchip, Platform, UsageError, backends
 from qvis.backends import Probe
 from qvis.backends.emulated import Emulated
 from qvis.backends.kvm import Kvm
+from qvis.backends.nested import Nested
+from qvis.backends.qemu import QemuBackend
 from qvis.backends.tcg import Tcg
 from qvis.spec import MachineSpec
 
@@ -47,20 +49,56 @@ def test_a_specification_keeps_its_platform() -> None:
     assert MachineSpec.from_json(MachineSpec("m").to_json()).platform is None
 
 
-@pytest.mark.parametrize("backend", [Tcg(), Kvm()])
+@pytest.mark.parametrize("backend", [Tcg(), Kvm(), Nested()])
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ({"platform": Platform(apicv=True)}, "--apicv, --pv-eoi and --costs are for --backend em"),
-        ({"costs": "/costs.toml"}, "are for --backend emulated"),
+        ({"platform": Platform(apicv=True)}, "--apicv"),
+        ({"costs": "/costs.toml"}, "--costs is for --backend emulated"),
         ({"smp": 256}, "--smp must be at most 255 in QEMU's microvm, not 256"),
     ],
 )
 def test_qemu_refuses_what_only_a_model_can_do(
-    backend: Tcg | Kvm, what: dict[str, object], why: str
+    backend: QemuBackend, what: dict[str, object], why: str
 ) -> None:
     with pytest.raises(UsageError, match=why):
         backend.check(MachineSpec("m", **what))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", [Kvm(), Nested()])
+def test_kvm_refuses_local_apics_in_user_space(backend: QemuBackend) -> None:
+    platform = Platform(Irqchip.OFF, Apic.XAPIC)
+    with pytest.raises(UsageError, match="--irqchip off is for --backend emulated"):
+        backend.check(MachineSpec("m", platform=platform))
+
+
+@pytest.mark.parametrize(
+    ("platform", "accel", "cpu"),
+    [
+        (None, "kvm", "host"),
+        (Platform(), "kvm,kernel-irqchip=split", "host,x2apic=on"),
+        (
+            Platform(Irqchip.ON, Apic.XAPIC, pv_eoi=False),
+            "kvm,kernel-irqchip=on", "host,x2apic=off,kvm-pv-eoi=off",
+        ),
+    ],
+)  # fmt: skip
+def test_what_qemu_is_told_of_interrupt_hardware(
+    platform: Platform | None, accel: str, cpu: str
+) -> None:
+    accelerator = Nested().accelerator(MachineSpec("m", platform=platform))
+    assert (accelerator.accel, accelerator.cpu) == (accel, cpu)
+
+
+def test_only_kvm_on_this_very_machine_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvis.backends.nested._available", lambda: 4096)
+    with pytest.raises(UsageError, match="or --backend nested"):
+        Kvm().check(MachineSpec("m", icount=True))
+    Nested().check(MachineSpec("m", icount=True))
+
+
+def test_auto_never_takes_the_inner_host() -> None:
+    assert "nested" not in backends.PREFERENCE
 
 
 @pytest.mark.parametrize(
