@@ -39,6 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="interrupt, mask, unmask, change-of-CPU, set-up or boot; may be "
                         "repeated (default: all)")  # fmt: skip
     add_shape(parser, smp=4)
+    parser.add_argument("--icount", action="store_true",
+                        help="count instructions: on nested, each run is the same")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER",
                         help="default: compare-1 or the first number that is free")  # fmt: skip
     parser.add_argument("--html", action="store_true", help="write report.html there too")
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             [Transport.parse(name) for name in args.transports.split(",")],
             [name.replace("-of-", " of ") for name in args.op or OPERATIONS],
             args.runs,
+            icount=args.icount,
             **shape_arguments(args),
         )
         print(f"{folder / RESULT}")

@@ -30,12 +30,12 @@ qvis trace NAME [-o FOLDER] [--vmlinux FILE] [--deadline S] [-- CMD]
 NOTES = """\
 Records what a guest does to devices, and the interrupts that it takes, while CMD runs in
 it, or until Ctrl-C; CMD's exit status is passed on. With --boot a machine of its own is
-recorded from its first instruction until CMD is done and it has shut down; with --icount
-as well, each such trace has the same events. A trace is a folder; `attribute` makes its
-events anew from what was recorded, after a full disk, say."""
+recorded (on tcg and nested) from its first instruction until CMD is done and it has shut down;
+with --icount as well, each such trace has the same events. A trace is a folder; `attribute`
+makes its events anew from what was recorded, after a full disk, say."""
 
 SHOWN = ("time", "vcpu", "clock", "kind", "device", "register", "write", "value", "cause",
-         "vector", "function", "reason", "source", "interrupt")  # fmt: skip
+         "vector", "function", "reason", "user", "source", "interrupt")  # fmt: skip
 SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "perfetto": ".pftrace", "html": ".html"}
 
 
@@ -170,6 +170,8 @@ def _cell(column: str, value: Any, start: int) -> str:
         return f"{value:#x}"
     if column == "write":
         return "write" if value else "read"
+    if column == "user":
+        return "yes" if value else "no"
     return str(value)
 
 

@@ -153,7 +153,7 @@ def write_costs(costs: Costs, path: Path) -> None:
 
 def _check(trace: Trace, first: Trace) -> None:
     mine, others = trace.manifest.provenance, first.manifest.provenance
-    if mine.touch is not Kind.EXIT or mine.clock is Clock.INSTRUCTIONS:
+    if mine.touch is not Kind.EXIT or mine.clock in (Clock.INSTRUCTIONS, Clock.NONE):
         raise UsageError(
             f"{trace.path} is of {mine.accelerator}, whose times say nothing about hardware"
         )

@@ -14,7 +14,20 @@ from ..experiments.result import Evidence, Metric, Result, Row
 from ..trace.export import whole_file
 from ..trace.model import Cause
 from .figures import Segment, bars, mark, strip
-from .page import MODELLED, Html, figure, h, join, modelled, number, page, table, tcg
+from .page import (
+    MODELLED,
+    NESTED,
+    Html,
+    figure,
+    h,
+    join,
+    modelled,
+    nested,
+    number,
+    page,
+    table,
+    tcg,
+)
 
 __all__ = ["write_comparison_report"]
 
@@ -113,6 +126,8 @@ def _head(result: Result, title: str) -> Html:
         )
     if any(modelled(source) for source in result.provenance.values()):
         note = h("p", MODELLED, class_="note")
+    if any(nested(source) for source in result.provenance.values()):
+        note = h("p", NESTED, class_="note")
     # Runs of one transport after the other may differ in more than the transport.
     turns = len(list(groupby(result.order)))
     how = "Runs, interleaved" if turns > len(set(result.order)) else "Runs"

@@ -16,22 +16,30 @@ from ..trace.store import Provenance
 
 __all__ = [
     "MODELLED",
+    "NESTED",
     "Html",
     "duration",
     "figure",
     "h",
     "join",
     "modelled",
+    "nested",
     "number",
     "page",
     "share",
     "table",
     "tcg",
+    "whose_time",
 ]
 
 UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns"))
 
 
+NESTED = (
+    "The guest ran under a real KVM, in a host that was itself emulated: exits are KVM's and "
+    "counts of them hold. A clock of instructions counts those that the emulated host and the "
+    "guest execute; nothing here says how long anything takes on hardware."
+)
 MODELLED = (
     "Nothing was measured: the machine is emulated. Counts are of the exits that KVM would have; "
     "times are modelled, by a table of costs."
@@ -123,6 +131,18 @@ def duration(ns: float) -> str:
 def modelled(provenance: Provenance) -> bool:
     """Whether nothing was measured at all: its times are made of a table of costs."""
     return provenance.clock is Clock.MODELLED
+
+
+def nested(provenance: Provenance) -> bool:
+    """Whether KVM ran in an emulated host: its exits are real, its times are the emulator's."""
+    return bool(provenance.host_linux)
+
+
+def whose_time(provenance: Provenance) -> str:
+    """Whose time a trace's is, to stand before "time" or "nanoseconds"."""
+    if modelled(provenance):
+        return "modelled"
+    return "the emulated host's" if nested(provenance) else "the host's"
 
 
 def tcg(provenance: Provenance) -> bool:

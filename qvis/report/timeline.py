@@ -17,7 +17,7 @@ from ..trace.model import Cause, Kind
 from ..trace.stats import Stats
 from ..trace.store import Trace
 from .figures import axis, colour, key, svg
-from .page import Html, duration, h, join, modelled, number
+from .page import Html, duration, h, join, number, whose_time
 from .words import plural
 
 __all__ = ["caused", "row_of", "whole"]
@@ -130,7 +130,7 @@ def row_of(trace: Trace, table: pl.DataFrame, chosen: int) -> tuple[Html, str]:
     entries += [(colour(cause), "", str(cause)) for cause in dict.fromkeys(causes)]
     if events.filter(pl.col("kind") == Kind.FUNCTION).height:
         entries.append(("--c:var(--ink)", "", "function of the kernel"))
-    whose = "modelled" if modelled(trace.manifest.provenance) else "the host's"
+    whose = whose_time(trace.manifest.provenance)
     said = (
         f"{number(near.height)} interrupts of {device.item() or 'an unknown device'} that "
         f"followed on each other, each from its first event on; time is {whose}."

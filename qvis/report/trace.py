@@ -10,11 +10,26 @@ from typing import Any
 import polars as pl
 
 from ..trace.export import whole_file
-from ..trace.model import Cause, Kind
+from ..trace.model import Cause, Clock, Kind
 from ..trace.stats import Cost, Quantiles, Stats, interrupts
 from ..trace.store import Trace
 from .figures import Segment, bars, colour, curves, mark
-from .page import MODELLED, Html, figure, h, join, modelled, number, page, share, table, tcg
+from .page import (
+    MODELLED,
+    NESTED,
+    Html,
+    figure,
+    h,
+    join,
+    modelled,
+    nested,
+    number,
+    page,
+    share,
+    table,
+    tcg,
+    whose_time,
+)
 from .timeline import caused, row_of, whole
 from .words import headline, plural, touch
 
@@ -96,6 +111,8 @@ def _head(trace: Trace, title: str, more: list[str]) -> Html:
         )
     if modelled(manifest.provenance):
         note = h("p", MODELLED, class_="note")
+    if nested(manifest.provenance):
+        note = h("p", NESTED, class_="note")
     lead = (h("p", f"{sentence}.", class_="lead") for sentence in more)
     return h("header", h("p", over, class_="over"), h("h1", title), *lead, note)
 
@@ -147,7 +164,7 @@ def _steps(trace: Trace, interrupt: int) -> tuple[Html, str]:
     start = rows[0]["time"]
     taken = next((row for row in rows if row["kind"] == Kind.DELIVER), None)
     unit = str(trace.manifest.provenance.clock)
-    head = ("ns", unit, "", "what happens")
+    head = ("ns", "" if trace.manifest.provenance.clock is Clock.NONE else unit, "", "what happens")
     classes = ("at", "clock", "dot", None)
     cells = (h("span", text, class_=class_) for text, class_ in zip(head, classes, strict=True))
     lines = [h("li", *cells, class_="head")]
@@ -167,13 +184,12 @@ def _steps(trace: Trace, interrupt: int) -> tuple[Html, str]:
                 h("span", *_told(row)),
             )
         )
-    whose = (
-        "Modelled nanoseconds" if modelled(trace.manifest.provenance) else "Nanoseconds of the host"
-    )
-    said = (
-        f"Interrupt {number(interrupt)}, a typical one. {whose} count from its "
-        f"first event, {unit} of the vCPU that took it from delivery."
-    )
+    whose = whose_time(trace.manifest.provenance).capitalize()
+    said = f"Interrupt {number(interrupt)}, a typical one. {whose} nanoseconds count from its first"
+    if trace.manifest.provenance.clock is Clock.NONE:
+        said += " event, and tell in which order things happened."
+    else:
+        said += f" event, {unit} of the vCPU that took it from delivery."
     return h("ol", *lines, class_="steps"), said
 
 

@@ -7,6 +7,7 @@ tracepoints of one vCPU's thread                   rows
 kvm_exit, to the kvm_entry that follows            EXIT, with the first register behind it
 kvm_mmio, kvm_pio, kvm_msr, kvm_apic,              part of that EXIT; each further one in the
 kvm_fast_mmio                                      same exit, or one without an exit: ACCESS
+kvm_userspace_exit                                 that EXIT's ``user``: QEMU was asked
 kvm_inj_virq                                       DELIVER, at the ``rip`` of the kvm_entry
 kvm_eoi                                            EOI
 kvm_apic_accept_irq, on any thread                 RAISE
@@ -79,6 +80,7 @@ _FIELDS: dict[str, dict[str, str]] = {
     "kvm_apic_accept_irq": {"value": "vec", "id": "apicid?", "detail": "dm?"},
     "kvm_inj_virq": {"value": "vector|irq", "write": "soft?", "detail": "reinjected?"},
     "kvm_eoi": {"value": "vector"},
+    "kvm_userspace_exit": {"value": "reason", "detail": "errno"},
 }
 EVENTS = tuple(_FIELDS)
 """The tracepoints that are of use."""
@@ -86,7 +88,7 @@ EVENTS = tuple(_FIELDS)
 ESSENTIAL = EVENTS[:2]
 """Those without which there is no recording."""
 
-EXIT, ENTRY, MMIO, PIO, MSR, APIC, FAST, ACCEPT, INJECT, EOI, OTHER = range(len(EVENTS) + 1)
+EXIT, ENTRY, MMIO, PIO, MSR, APIC, FAST, ACCEPT, INJECT, EOI, USER, OTHER = range(len(EVENTS) + 1)
 
 # One event of any kind. What a kernel does not tell is 0, and -1 as id.
 _EVENT = np.dtype(
@@ -143,6 +145,7 @@ class Recording:
     """(ns of CLOCK_MONOTONIC, TSC) at the same moment, at the start and the end."""
     khz: float | None = None  # of the TSC, needed only with less than two pairs
     partial: tuple[str, ...] = ()  # why it is not all, each a sentence
+    counted: bool = True  # whether ticks of the clock are a measure: an emulator's TSC is none
 
     def save(self, raw: Path) -> None:
         """Put it into the folder ``raw``; OSError if it cannot be written."""
@@ -160,6 +163,7 @@ class Recording:
                 pairs=tuple((int(ns), int(tsc)) for ns, tsc in data["pairs"]),
                 khz=data["khz"],
                 partial=tuple(data["partial"]),
+                counted=data.get("counted", True),
             )
         except FileNotFoundError:
             raise UsageError(f"{raw} is no recording: it has no {RECORDING}") from None
@@ -349,9 +353,10 @@ class Reader:
         vectored |= accepted & np.isin(rows.detail >> 8 & 7, [FIXED, LOWEST])
         target = _translate(rows.id, self._numbers, None)
         vcpu = np.where(accepted, target, _translate(rows.thread, self._vcpus, -1))
+        counted = np.full(len(time), self.recording.counted)
         columns = [
             pl.Series("time", self.recording.nanoseconds(time)),
-            pl.Series("clock", time),
+            _series("clock", time, counted),
             _series("vcpu", vcpu, vcpu >= 0),
             _KINDS.gather(kinds.astype(np.uint32)).alias("kind"),
             _SPACES.gather(rows.space.astype(np.uint32)).alias("space"),
@@ -362,7 +367,8 @@ class Reader:
             _series("vector", rows.value & 0xFF, vectored),
             _series("pc", rows.pc, inside & told_pc & rows.placed),
             self._named(rows.reason, is_exit),
-            _series("duration", rows.until - time, ended),
+            _series("duration", rows.until - time, ended & counted),
+            _series("user", rows.user, is_exit & (rows.user | ended) & self._tells(USER, "value")),
         ]
         have = pl.DataFrame(columns)
         # Not strict: in a damaged recording a number may be larger than any that fits.
@@ -468,6 +474,7 @@ class _Rows:
     reason: Ints  # KVM_ISA_* << 32 | exit_reason
     pc: npt.NDArray[np.uint64]
     placed: Bits  # whether pc is known
+    user: Bits  # of an exit: whether KVM returned to user space before the next entry
     value: npt.NDArray[np.uint64]  # of the access, or the vector
     # Of the access, if there is one:
     source: Ints  # the event that told of it
@@ -566,6 +573,8 @@ class _Span:
         behind = self._behind[row]
         entered = (behind >= 0) & (event[behind] == ENTRY)
         deliver = kind == _DELIVER
+        returned = np.zeros(len(own) + 1, np.bool_)  # the last one is for what follows no border
+        returned[self._before[event == USER]] = True
         reason = (own["detail"][row].astype(np.int64) << 32) | (
             own["value"][row] & 0xFFFFFFFF
         ).astype(np.int64)
@@ -582,6 +591,7 @@ class _Span:
             reason=reason,
             pc=np.where(deliver, own["pc"][behind], own["pc"][row]),
             placed=~deliver | entered,
+            user=returned[row] & (kind == _EXIT),
             value=value,
             source=source,
             space=space,

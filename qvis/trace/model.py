@@ -66,6 +66,7 @@ class Clock(StrEnum):
     TSC = "TSC cycles"
     NANOSECONDS = "nanoseconds"
     MODELLED = "modelled cycles"
+    NONE = "none"  # there are orders of events, and no measure of time
 
 
 _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
@@ -83,6 +84,7 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "pc": pl.UInt64,
     "reason": pl.Categorical(),  # KVM's name of an exit reason, such as EPT_MISCONFIG
     "duration": pl.UInt64,  # of an exit, in the unit of clock
+    "user": pl.Boolean,  # of an exit: whether it went on to user space; null: not known
     # From here on filled by attribution.
     "device": pl.Categorical(),  # as the machine calls it: "blk0", "IOAPIC", "LAPIC"
     "register": pl.Categorical(),  # as its specification calls it: "InterruptStatus"

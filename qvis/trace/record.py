@@ -10,13 +10,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends import Job
-from ..build import build_all
+from ..backends import Backend, Job, choose
 from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
 from ..folder import CONSOLE_LOG
 from ..host import cpu_model
@@ -28,18 +27,8 @@ from .devices import regions
 from .export import disk_full
 from .guest import INTERRUPTS, irqs
 from .model import Clock
-from .sources import (
-    READERS,
-    CountsReader,
-    Source,
-    TcgSource,
-    open_source,
-    prepare,
-    qemu_options,
-    save_counts,
-)
+from .sources import BOOTS, READERS, BootSource, Source, open_source
 from .store import EVENTS, RAW, Manifest, Provenance, Trace
-from .symbols import Symbols
 
 __all__ = [
     "COMMAND_DEADLINE",
@@ -145,72 +134,62 @@ def record_boot(
     so with ``icount`` each such recording has the same events. ``machine`` are
     the arguments of :func:`qvis.up`. Returns the trace and the command's exit
     status. Raises what :func:`qvis.up` does; what was recorded by then stays and
-    is marked partial. Only TCG's tracer is there that early: :class:`UsageError` for another
-    backend.
+    is marked partial. :class:`UsageError` for a backend whose recorder is not there that early.
     """
-    backend = machine.get("backend", "auto")
-    if getattr(backend, "reader", TcgSource.reader) != TcgSource.reader or (
-        isinstance(backend, str) and backend not in ("auto", "tcg")
-    ):
-        name = getattr(backend, "name", backend)
-        raise UsageError(
-            f"a boot is recorded by the tracer in QEMU, which {name} does not have: use "
-            "--backend tcg"
-        )
-    machine["backend"] = "tcg" if backend == "auto" else backend
-    symbols = Symbols.read(build_all().linux.vmlinux)
+    machine["backend"], kind = _boot_source(machine.get("backend", "auto"))
     raw = _make(output)
-    begun: list[tuple[Trace, CountsReader]] = []
+    begun: list[Trace] = []
 
     def started(guest: Machine) -> None:
-        # What is mapped where changes while a guest sets up PCI; it is asked for again.
+        source.started(guest)
         manifest = Manifest(
-            provenance=provenance(guest, TcgSource.reader, TcgSource.clock),
+            provenance=provenance(guest, source.reader, source.clock),
             machine=guest.name,
             command=None,
             status=None,
             started=time.time(),
             seconds=0.0,
             partial=(NOT_ENDED,),
-            regions=tuple(regions(guest.qmp)),
+            # What is mapped where changes while a guest sets up PCI; it is asked for again.
+            regions=tuple(regions(guest.qmp)) if source.asks else (),
         )
-        begun.append((Trace(output, manifest), CountsReader(guest.folder.path)))
-        begun[0][0].write_manifest()
+        begun.append(Trace(output, manifest))
+        begun[0].write_manifest()
 
-    script = Script(
-        Job(command + "\n", INTERRUPTS + "\n"),
-        deadline=deadline,
-        qemu_options=qemu_options(raw),
-        prepare=lambda folder: prepare(folder, raw, symbols),
-        started=started,
-    )
     begin = time.monotonic()
     try:
+        source = kind(raw, icount=bool(machine.get("icount")))
+        script = Script(
+            Job(command + "\n", INTERRUPTS + "\n", before=source.before),
+            deadline=deadline,
+            qemu_options=source.options,
+            prepare=source.prepare,
+            started=started,
+        )
         with run_script(script, **machine) as guest:
+            source.fetch()
             mapped = regions(guest.qmp)
             console = (guest.folder / CONSOLE_LOG).read_text(errors="replace")
     except BaseException as problem:
         if not begun:
             shutil.rmtree(output, ignore_errors=True)
             raise
-        trace, counts = begun[0]
-        partial = [f"the boot did not end: {problem}", *save_counts(raw, counts())]
+        partial = [f"the boot did not end: {problem}", *source.stop()]
         manifest = dataclasses.replace(
-            trace.manifest, seconds=time.monotonic() - begin, partial=tuple(partial)
+            begun[0].manifest, seconds=time.monotonic() - begin, partial=tuple(partial)
         )
         _finish(Trace(output, manifest))
         if isinstance(problem, QvisError):
             problem.log = output
         raise
-    trace, counts = begun[0]
-    partial = save_counts(raw, counts())
+    partial = source.stop()
     said = console.rpartition(STATUS)[2]
     words = said.split()
     status = int(words[0]) if words and words[0].isdigit() else None
     if status is None:
         partial.append("the guest did not say with what its command ended")
     manifest = dataclasses.replace(
-        trace.manifest,
+        begun[0].manifest,
         status=status,
         seconds=time.monotonic() - begin,
         partial=tuple(partial),
@@ -220,13 +199,27 @@ def record_boot(
     return _finish(Trace(output, manifest)), GuestError.exit_code if status is None else status
 
 
+def _boot_source(backend: str | Backend) -> tuple[str | Backend, Callable[..., BootSource]]:
+    """The backend that is to boot, and what records it."""
+    if backend == "auto":
+        backend = "tcg"
+    chosen = choose(backend).backend if isinstance(backend, str) else backend
+    reader = getattr(chosen, "reader", None)
+    if reader not in BOOTS:
+        raise UsageError(
+            f"a boot needs a recorder that is there before it, which {chosen.name} does not have: "
+            "use --backend tcg or nested"
+        )
+    return backend, BOOTS[reader]
+
+
 def _finish(trace: Trace) -> Trace:
-    """Write the manifest and attribute; on a full disk the first only, and say so."""
+    """Write the manifest and attribute; on a full disk, or without a recording, say so."""
     (trace.path / RESERVE).unlink(missing_ok=True)
     trace.write_manifest()
     try:
         return attribute_trace(trace)
-    except InfraError as problem:
+    except (InfraError, UsageError) as problem:
         manifest = trace.manifest
         partial = (*manifest.partial, f"events are not attributed: {problem.message}")
         trace = Trace(trace.path, dataclasses.replace(manifest, partial=partial))
@@ -337,6 +330,8 @@ def provenance(machine: Machine, reader: str, clock: Clock) -> Provenance:
         smp=spec.smp,
         queues=spec.queues,
         memory=spec.memory,
+        host_linux=facts.get("host_linux", ""),
+        kvm_series=facts.get("kvm_series", ""),
     )
 
 

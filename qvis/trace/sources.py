@@ -17,18 +17,21 @@ from typing import Protocol
 
 import polars as pl
 
+from ..build import build_all
 from ..errors import GuestError, InfraError, LostMachineError, QvisError, UsageError
 from ..machine.machine import Machine
-from . import emulated, kvm, qemu_events, simpletrace, tcg, tracefs
+from . import emulated, kvm, nested, qemu_events, simpletrace, tcg, tracefs
 from .guest import kernel_moved
 from .model import Clock
 from .symbols import FIRST_VECTOR, Symbols
 from .tcg import CountsReader
 
 __all__ = [
+    "BOOTS",
     "READERS",
     "SOURCES",
     "TELLING",
+    "BootSource",
     "CountsReader",
     "Reading",
     "Source",
@@ -36,8 +39,6 @@ __all__ = [
     "merge",
     "open_source",
     "prepare",
-    "qemu_options",
-    "save_counts",
 ]
 
 QEMU_TRACE = "qemu.trace"
@@ -57,6 +58,31 @@ class Source(Protocol):
 
     def stop(self) -> list[str]:
         """End; why what was recorded is not all, in sentences. Works on a dead machine too."""
+
+
+class BootSource(Protocol):
+    """Something that records a machine from its first instruction on, until its script ends."""
+
+    reader: str
+    clock: Clock
+    before: str
+    """What an inner host does before it starts QEMU: shell text."""
+    options: tuple[str, ...]
+    """For the QEMU that runs the guest."""
+    asks: bool
+    """Whether to ask the machine while it runs leaves what it does as it is."""
+
+    def prepare(self, folder: Path) -> None:
+        """Given the folder of the machine, which is not started yet."""
+
+    def started(self, machine: Machine) -> None:
+        """Given the machine, which has begun to boot."""
+
+    def fetch(self) -> None:
+        """Get what only a living machine has; the guest has shut down."""
+
+    def stop(self) -> list[str]:
+        """As a :class:`Source`'s; the machine is gone."""
 
 
 class Reading(Protocol):
@@ -149,11 +175,32 @@ def prepare(folder: Path, raw: Path, symbols: Symbols) -> None:
     tcg.write_request(folder, raw, list(symbols.functions()))
 
 
-def qemu_options(raw: Path) -> tuple[str, ...]:
-    """The same for QEMU's own trace events."""
-    enabled = [option for name in qemu_events.EVENTS for option in ("-trace", f"enable={name}")]
-    path = str(raw / QEMU_TRACE).replace(",", ",,")  # a comma would end it
-    return (*enabled, "-trace", f"file={path}")
+class TcgBoot:
+    """What :class:`TcgSource` is, for a boot."""
+
+    reader = TcgSource.reader
+    clock = TcgSource.clock
+    before = ""
+    asks = True
+
+    def __init__(self, raw: Path, *, icount: bool) -> None:
+        self._raw = raw
+        self._symbols = Symbols.read(build_all().linux.vmlinux)
+        events = [word for name in qemu_events.EVENTS for word in ("-trace", f"enable={name}")]
+        path = str(raw / QEMU_TRACE).replace(",", ",,")  # a comma would end it
+        self.options = (*events, "-trace", f"file={path}")
+
+    def prepare(self, folder: Path) -> None:
+        prepare(folder, self._raw, self._symbols)
+
+    def started(self, machine: Machine) -> None:
+        self._counts = CountsReader(machine.folder.path)
+
+    def fetch(self) -> None:
+        pass  # the tracer writes its files itself, the last of them at its end
+
+    def stop(self) -> list[str]:
+        return save_counts(self._raw, self._counts())
 
 
 def save_counts(raw: Path, counts: tcg.Counts) -> list[str]:
@@ -220,6 +267,52 @@ class KvmSource:
         return list(self._recorder.partial)
 
 
+class NestedSource:
+    """KVM's tracepoints in the inner host of a nested machine."""
+
+    reader = "kvm-nested"
+
+    def __init__(self, machine: Machine, raw: Path) -> None:
+        if machine.host is None:
+            raise InfraError("this machine has no inner host to record in", stage="trace")
+        # It goes on after its first recording, and waits for the next.
+        machine.host.run(f"pidof qvis-record || {nested.SERVE}")
+        self.clock = nested.clock(machine.spec.icount)
+        self._recorder = nested.Recorder(machine.folder.path, raw, self.clock)
+
+    def start(self) -> None:
+        self._recorder.start()
+
+    def stop(self) -> list[str]:
+        return self._recorder.stop()
+
+
+class NestedBoot:
+    """The same for a boot: the inner host records, and nobody outside talks to it meanwhile."""
+
+    reader = NestedSource.reader
+    before = nested.BEFORE
+    options: tuple[str, ...] = ()
+    asks = False
+
+    def __init__(self, raw: Path, *, icount: bool) -> None:
+        self.clock = nested.clock(icount)
+        self._raw = raw
+        self._partial: list[str] | None = None
+
+    def prepare(self, folder: Path) -> None:
+        self._recorder = nested.Recorder(folder, self._raw, self.clock)
+
+    def started(self, machine: Machine) -> None:
+        pass
+
+    def fetch(self) -> None:
+        self._partial = self._recorder.stop()
+
+    def stop(self) -> list[str]:
+        return self._recorder.stop() if self._partial is None else self._partial
+
+
 class EmulatedSource:
     """The emulated machine's own account, which ends with the connection that asked for it."""
 
@@ -246,13 +339,21 @@ class EmulatedSource:
 SOURCES: dict[str, Callable[[Machine, Path], Source]] = {
     TcgSource.reader: TcgSource,
     KvmSource.reader: KvmSource,
+    NestedSource.reader: NestedSource,
     EmulatedSource.reader: EmulatedSource,
 }
 """What records a machine into a raw folder, by the name that its backend gives."""
 
+BOOTS: dict[str, Callable[..., BootSource]] = {
+    TcgBoot.reader: TcgBoot,
+    NestedBoot.reader: NestedBoot,
+}
+"""What records a boot into a raw folder, likewise; the folder, and by keyword ``icount``."""
+
 READERS: dict[str, Callable[[Path], Reading]] = {
     TcgSource.reader: TcgReading,
     KvmSource.reader: kvm.Reader,
+    NestedSource.reader: kvm.Reader,
     EmulatedSource.reader: emulated.Reading,
 }
 """How a trace's raw folder is read, by the source that wrote it."""

@@ -125,10 +125,14 @@ class Stats:
         )
         counted = {Kind(kind): count for kind, count in kinds.iter_rows()}
         touched = tuple(_touched(touch.to_dicts(), counted))
+        clock = trace.manifest.provenance.clock
+        found = costs(table)
+        if clock is Clock.NONE:  # then times are no measure either
+            found = tuple(dataclasses.replace(cost, latency=None) for cost in found)
         names = pl.col("device", "source", "function").cast(pl.String)
         strings = deliver.with_columns(names)
         return cls(
-            clock=trace.manifest.provenance.clock,
+            clock=clock,
             events=sum(counted.values()),
             first=times["first"][0],
             last=times["last"][0],
@@ -138,7 +142,7 @@ class Stats:
             delivered=tuple(
                 Delivered(**row) for row in strings.sort(order, nulls_last=True).to_dicts()
             ),
-            costs=costs(table),
+            costs=found,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Provenance:
     smp: int
     queues: int
     memory: int  # MiB
+    host_linux: str = ""  # the inner host's kernel; empty: there is none
+    kvm_series: str = ""  # and the patches to its KVM
 
     @property
     def touch(self) -> Kind:
@@ -58,17 +60,19 @@ class Provenance:
         return [
             f"{name}: {mine} against {theirs}"
             for name in ("clock", "reader", "backend", "accelerator", "machine", "host", "smp",
-                         "queues", "memory", "qemu", "qemu_series", "linux", "linux_series")
+                         "queues", "memory", "qemu", "qemu_series", "linux", "linux_series",
+                         "host_linux", "kvm_series")
             if (mine := getattr(self, name)) != (theirs := getattr(other, name))
         ]  # fmt: skip
 
     def line(self) -> str:
         """All of it in one line, to stand beside a figure."""
+        inner = f" in Linux {self.host_linux} (KVM: {self.kvm_series})" if self.host_linux else ""
         return (
             f"{self.transport}, {self.smp} vCPUs, {self.memory} MiB, {self.queues} queues; "
             f"{self.backend} "
             f"({self.accelerator}); QEMU {self.qemu} ({self.qemu_series}), Linux {self.linux} "
-            f"({self.linux_series}); {self.reader}, clock: {self.clock}; {self.host}"
+            f"({self.linux_series}){inner}; {self.reader}, clock: {self.clock}; {self.host}"
         )
 
 
@@ -170,6 +174,11 @@ class Trace:
             raise UsageError(f"{self.path} has no events yet: {again}")
         try:
             events = pl.scan_parquet(parts) if parts else SCHEMA.to_frame().lazy()
+            # What was written before there was such a column does not tell of it.
+            told = events.collect_schema().names()
+            missing = [pl.lit(None, SCHEMA[name]).alias(name) for name in set(SCHEMA) - set(told)]
+            if missing:
+                events = events.with_columns(missing).select(SCHEMA.names())
             count = events.select(pl.len()).collect().item()
         except (pl.exceptions.PolarsError, OSError) as problem:
             reason = str(problem).splitlines()[0]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,6 +111,8 @@ def record(
 ) -> Path:
     """A recording of these events, in the formats of the real ones."""
     unpack("lost", raw.parent).rename(raw)
+    (raw / "events/kvm/kvm_userspace_exit").mkdir()  # which was not recorded then
+    shutil.copy(DATA / "kvm_userspace_exit.format", raw / "events/kvm/kvm_userspace_exit/format")
     for file in [*raw.glob("cpu*.raw"), *raw.glob("per_cpu/cpu*/stats")]:
         file.unlink()
     forms = {path.parent.name: Format.read(path) for path in raw.glob("events/kvm/*/format")}

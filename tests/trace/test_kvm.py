@@ -291,6 +291,41 @@ def test_names_of_amd(reason: int, name: str, tmp_path: Path) -> None:
     assert rows(raw, "reason", "duration") == [(name, None)]
 
 
+def returned(time: int, *, errno: int = 0, thread: int = 11) -> Any:
+    return other(time, "kvm_userspace_exit", thread, reason=6, errno=errno)
+
+
+@pytest.mark.parametrize(
+    ("events", "want"),
+    [
+        ([exit_(5, 49), entry(9)], [False]),
+        ([exit_(5, 49), returned(7), entry(9)], [True]),
+        ([exit_(5, 49), returned(7)], [True]),
+        ([exit_(5, 49)], [None]),  # it has not ended: who knows where it goes yet
+        # A signal interrupts the vCPU before it enters: that is none of an exit's.
+        ([entry(4), returned(5, errno=-4), entry(6), exit_(7, 12), entry(9)], [False]),
+        ([exit_(5, 49), returned(6), entry(9), exit_(12, 49), entry(13)], [True, False]),
+        # Another vCPU's.
+        ([exit_(5, 49), returned(6, thread=12), entry(9)], [False]),
+    ],
+)
+def test_exits_to_user_space(events: list[Any], want: list[bool | None], tmp_path: Path) -> None:
+    got = frame(record(tmp_path / "r", {0: events}))
+    assert got.filter(kind="exit")["user"].to_list() == want
+    assert got.filter(pl.col("kind") != "exit")["user"].null_count() == len(got) - len(want)
+
+
+def test_a_recording_without_that_tracepoint_does_not_tell(tmp_path: Path) -> None:
+    got = frame(unpack("msi", tmp_path))
+    assert got["user"].null_count() == len(got)
+
+
+def test_an_emulators_ticks_are_no_durations(tmp_path: Path) -> None:
+    raw = record(tmp_path / "r", {0: [exit_(5, 49), returned(6), entry(9)]})
+    Recording("mono", {}, counted=False).save(raw)
+    assert rows(raw, "time", "clock", "duration", "user") == [(5, None, None, True)]
+
+
 PLACE = ("kind", "space", "address", "size", "write", "value")
 MEMORY, PORT, MSR = Space.MEMORY, Space.PORT, Space.MSR
 
