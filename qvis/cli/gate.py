@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -46,6 +47,14 @@ SAME, DIFFERS, UNTESTABLE = 0, 1, 125
 LAUNCH = "launch"  # QEMU did not start: it may lack what the machine needs
 
 
+SHAPE = ("backend", "smp", "memory", "queues", "irqchip", "apic", "apicv", "pv_eoi", "costs")
+OWN = {  # the options that an action looks at
+    "record": ("transports", "op", *SHAPE),
+    "check": ("transports", "linux", "host_linux", "json"),
+    "bisect": ("series", "good"),
+}
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = USAGE
     parser.epilog = NOTES
@@ -69,7 +78,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="bisect: with the first N patches it was good")  # fmt: skip
 
 
+def _refuse_foreign(args: argparse.Namespace) -> None:
+    """Raise UsageError for an option that the action would not look at."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    own = OWN[args.action]
+    for name, value in vars(args).items():
+        foreign = any(name in names for names in OWN.values()) and name not in own
+        if foreign and value != parser.get_default(name):
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"--{option} is not for `qvis gate {args.action}`"
+                + (": the file says it" if name in OWN["record"] else "")
+            )
+
+
 def run(args: argparse.Namespace) -> int:
+    _refuse_foreign(args)
     if args.action == "record":
         return _record(args)
     if args.action == "bisect":
@@ -106,6 +131,8 @@ def _record(args: argparse.Namespace) -> int:
     transports = _transports(args.transports) or COMPARED
     if args.file.exists():
         _load(args.file)
+    elif not os.access(args.file.absolute().parent, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write {args.file}: its folder is not there, or not ours")
     golden, changes = record(
         Shape(**shape, platform=dataclasses.asdict(platform) if platform else None),
         transports,

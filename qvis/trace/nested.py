@@ -15,6 +15,7 @@ nothing of what an exit costs, and so is not told.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -24,7 +25,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import InfraError, LostMachineError
+from ..errors import InfraError, LostMachineError, UsageError
 from ..folder import TRACE_SOCKET
 from .kvm import EVENTS, Recording
 from .model import Clock
@@ -41,6 +42,7 @@ SILENCE = 60.0  # seconds without a byte after which nobody waits for more
 LONGEST = 1 << 20  # bytes of a frame
 HEAD = 200  # bytes of its first line
 CLOCK = "x86-tsc"
+LOCK = "trace.lock"  # in the machine's folder
 NOMINAL_KHZ = 1e6  # of an emulated TSC; exact under icount
 _FILES = re.compile(
     r"cpu\d{1,4}\.raw|events/header_(page|event)|events/kvm/\w{1,64}/format|per_cpu/cpu\d{1,4}/stats"
@@ -66,6 +68,7 @@ class Recorder:
         self._clock = clock
         self._pairs: list[tuple[int, int]] = []
         self._files: dict[str, BinaryIO] = {}
+        self._lock: int | None = None  # nobody else records while it is held
         self._socket: socket.socket | None = None
         self._thread: threading.Thread | None = None
         self._answered = threading.Event()  # "started", or that it will never come
@@ -79,7 +82,8 @@ class Recorder:
     def start(self) -> None:
         """Begin.
 
-        Raises :class:`InfraError` when the inner host refuses or does not answer, and
+        Raises :class:`UsageError` while somebody else records, :class:`InfraError` when the inner
+        host refuses or does not answer, and
         :class:`LostMachineError` when the machine is gone.
         """
         try:
@@ -132,6 +136,14 @@ class Recorder:
 
     def _open(self) -> None:
         """Connect, and begin to listen."""
+        # Whoever comes second would wait until QEMU takes the connection, and be told nothing.
+        self._lock = os.open(self._address.with_name(LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"machine {self._address.parent.name!r} is being recorded already: end that first"
+            ) from None
         line = socket.socket(socket.AF_UNIX)
         try:
             line.connect(str(self._address))
@@ -171,6 +183,9 @@ class Recorder:
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _listen(self, line: socket.socket, token: str) -> None:
         """Take frames until the last one."""

@@ -223,3 +223,29 @@ def test_a_patch_that_does_not_apply_cannot_be_tested(
         (tmp_path / "p" / component).mkdir(parents=True)
         (tmp_path / "p" / component / "series").write_text("0001-absent.patch\n")
     assert bisecting._check(Path(recorded), tmp_path / "p", ()) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("check", "FILE", "--smp", "3"), "--smp"),
+        (("check", "FILE", "--backend", "tcg"), "--backend"),
+        (("record", "FILE", "--json"), "--json"),
+        (("bisect", "FILE", "--series", "qemu", "--op", "boot"), "--op"),
+    ],
+)
+def test_an_option_of_another_action_is_refused(
+    cli: Cli, tmp_path: Path, words: tuple[str, ...], option: str
+) -> None:
+    file = str(tmp_path / "counts.json")
+    done = cli("gate", *(file if word == "FILE" else word for word in words))
+    assert done.returncode == 2
+    assert f"{option} is not for `qvis gate {words[0]}`" in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_boots(
+    cli: Cli, tmp_path: Path
+) -> None:
+    done = cli("gate", "record", str(tmp_path / "nowhere" / "counts.json"))
+    assert done.returncode == 2
+    assert "its folder is not there" in done.stderr

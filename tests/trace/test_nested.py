@@ -7,6 +7,7 @@ tests/nested.
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from qvis.errors import InfraError, LostMachineError
+from qvis.errors import InfraError, LostMachineError, UsageError
 from qvis.folder import TRACE_SOCKET
 from qvis.trace import nested
 from qvis.trace.kvm import EVENTS, Reader, Recording
@@ -271,3 +272,10 @@ def test_a_full_disk_keeps_whole_pages_and_is_told(
     recorder.start()
     assert recorder.stop() == ["no room for more on the disk: what came until then was kept"]
     assert (tmp_path / "raw" / "cpu0.raw").stat().st_size % PAGE == 0
+
+
+def test_a_second_recording_of_a_machine_is_refused_at_once(tmp_path: Path) -> None:
+    with (tmp_path / "trace.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="is being recorded already"):
+            nested.Recorder(tmp_path, tmp_path / "raw", Clock.NONE).start()
