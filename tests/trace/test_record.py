@@ -525,7 +525,7 @@ def test_guest_that_is_paused(
         patched.setattr(sources, "NUDGE_DEADLINE", 0.3)
         with recording(guest, tmp_path / "t") as session:
             guest.qmp("stop")
-            resume = threading.Timer(1.5, _cont, [guest])
+            resume = threading.Timer(5, _cont, [guest])  # long after both
             resume.start()
         resume.join()
     assert session.trace
