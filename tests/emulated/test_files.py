@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from qvis.errors import GuestError, UsageError
-from qvis.experiments.compare import _BIND, _UNBIND
+from qvis.experiments.operations import _BIND, _UNBIND
 from qvis.guest import load
 from qvis.guest.interrupts import Interrupts
 from qvis.trace.guest import DEVICE, INTERRUPTS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qvis.emulated.serve.expression import DumpFormat, ExpressionError, dump, evaluate, show
-from qvis.machine.machine import FORWARD
+from qvis.machine.follow import FORWARD
 from qvis.trace.devices import ROW, regions
 from qvis.transport import Transport
 from tests.emulated.qmp_fakes import SSH_PORT, Client, Served, serve
