@@ -37,12 +37,6 @@ EXTRACT_DEADLINE = 900.0  # seconds
 DOUBT = 30.0  # seconds; no tool takes longer to write a file that it has begun
 LONG_AGO = 978307200  # seconds since the epoch: 2001-01-01
 CHECKPATCH_DEADLINE = 120.0  # seconds a patch
-# Beside --strict, what it takes for faults that are none in our series: new files whose folders
-# MAINTAINERS has, how TRACE_EVENT() is written everywhere, code moved as it was, a test's macros.
-LINUX_OPTIONS = (
-    "--strict",
-    "--ignore=FILE_PATH_CHANGES,PARENTHESIS_ALIGNMENT,OPEN_ENDED_LINE,MACRO_ARG_REUSE",
-)
 # QEMU's checkpatch asks this of every patch to a header that it has from Linux. That ours are
 # there by hand, until Linux has them, is what the patch's message says.
 REMINDER = "file(s) imported from Linux, are you using"
@@ -162,7 +156,7 @@ class Tree:
         """What the project's own style checker says about a patch; empty when it is content."""
         file = self.root / patch.name
         file.write_bytes(patch.content)
-        strict = LINUX_OPTIONS if self.source.component == "linux" else ()  # QEMU's has them not
+        strict = ["--strict"] if self.source.component == "linux" else []  # QEMU's has it not
         try:
             done = subprocess.run(
                 ["perl", "scripts/checkpatch.pl", "--terse", "--no-summary", *strict, file],
