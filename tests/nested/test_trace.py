@@ -98,6 +98,7 @@ def test_the_table_in_real_exits(tmp_path: Path) -> None:
     assert result.transports == ("pci", "intx", "msi", "vis")
     assert found["device exits per interrupt"] == (0, 2, 0, 0)
     assert found["exits to user space per interrupt"] == (0, pytest.approx(3, abs=0.1), 0, 0)
-    assert found["exits to user space before delivery"] == (0, 0, 0, 0)
+    # intx's handler itself goes to user space, where it can meet the next request's interrupt
+    assert found["exits to user space before delivery"] == (0, pytest.approx(0, abs=0.1), 0, 0)
     assert found["exits per mask"] == (2, 3, 1, 0)
     assert found["exits per unmask"] == (1, 2, 1, 0)
