@@ -65,11 +65,13 @@ class Offering(Tcg):
 
 def test_patched_guest_on_unpatched_qemu() -> None:
     artifacts = replace(build_all(), qemu=build_qemu(patched=False))
-    for transport in (qvis.Transport.INTX, qvis.Transport.PCI):
-        with qvis.up(backend=Tcg(artifacts), transport=transport, smp=2, queues=2) as vm:
+    # As released it can lose an EOI while another vCPU maps BARs ("physmem: keep a vCPU's..."),
+    # so over PCI there is no other.
+    for transport, smp in ((qvis.Transport.INTX, 2), (qvis.Transport.PCI, 1)):
+        with qvis.up(backend=Tcg(artifacts), transport=transport, smp=smp, queues=smp) as vm:
             vectors = [v for v in vm.irqs.vectors() if v.driver == "virtio_blk"]
-            assert len(vectors) == (3 if transport.vector_per_queue else 1)
-            for queue in range(2):
+            assert len(vectors) == (1 + smp if transport.vector_per_queue else 1)
+            for queue in range(smp):
                 assert load.run(vm.ssh, queue, REQUESTS).completed == REQUESTS
 
 
