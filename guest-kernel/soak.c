@@ -52,7 +52,7 @@
  *   on as before.
  *
  * lose and misdirect plant a fault, to show that it is found: a vector stays masked
- * of which the checker does not know, or a move is told to the checker only.
+ * of which the checker does not know, or moves are told to the checker only.
  *
  * Exit status: 0 nothing wrong, 1 something is, 2 bad usage or no such guest.
  */
@@ -558,7 +558,7 @@ static void move(struct vector *v, int cpu, bool settle)
 	v->settled[next % RING] = settle;
 	v->begun = next;
 	if (!strcmp(plant, "misdirect") && settle && !deferring && moves > 50 &&
-	    v->target[(next - 1) % RING] != cpu && !atomic_exchange(&planted, true)) {
+	    v->target[(next - 1) % RING] != cpu) {
 		v->returned = v->done = next;
 		return;
 	}
@@ -588,9 +588,8 @@ static void settle_moves(struct disk *d, long long now)
 		if (v->done == v->begun)
 			continue;
 		if (arrived(v)) {
-			if (!strcmp(plant, "misdirect") && moves > 50 && !planted) {
+			if (!strcmp(plant, "misdirect") && moves > 50) {
 				/* The next one of PCI's, which never arrive at once. */
-				planted = true;
 				v->target[(v->begun + 1) % RING] =
 					(v->target[v->begun % RING] + 1) % ncpus;
 				v->begun++;
