@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import qvis
 
-DEVICE = "0000:00:03.0"  # the random number generator, which nothing needs here
+DEVICE = "/sys/bus/pci/devices/0000:00:03.0"  # makes random numbers, which nothing needs here
 TURNS = 100
 REQUESTS = 8000  # of each of three, so that they go on for as long as the turns
 
 # Bit 1 of a PCI function's command register maps its registers and takes them away.
 MEDDLE = rf"""
-echo {DEVICE} > /sys/bus/pci/drivers/virtio-pci/unbind
-set_command() {{ printf "$1" | dd of=/sys/bus/pci/devices/{DEVICE}/config bs=2 seek=2 conv=notrunc; }}
+basename {DEVICE} > {DEVICE}/driver/unbind
+set_command() {{ printf "$1" | dd of={DEVICE}/config bs=2 seek=2 conv=notrunc; }}
 for cpu in 1 2 3; do qvis-load /dev/vda $cpu {REQUESTS} & done
 turn=0
 while [ $turn -lt {TURNS} ]; do
@@ -25,7 +25,7 @@ wait
 
 
 def test_no_eoi_is_lost_while_registers_move() -> None:
-    """Lost, the vCPU takes no more of these interrupts: patches/qemu, "physmem: keep a vCPU's..."."""
+    """Else a vCPU takes no more of them ("physmem: keep a vCPU's..." of patches/qemu)."""
     with qvis.up(backend="tcg", transport="pci", smp=4, queues=4) as vm:
         vm.irqs.spread()
         done = vm.ssh.run(MEDDLE, deadline=60)
