@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
-from .folder import HOST_SSH_CONTROL, SSH_CONTROL
+from .folder import HOST_SSH_CONTROL, SSH_CONTROL, Folder, running
 
-__all__ = ["CLIENT_KEY", "KNOWN_HOSTS", "USER", "client_command", "close_sessions", "write_config"]
+__all__ = [
+    "CLIENT_KEY", "KNOWN_HOSTS", "USER", "client_command", "close_sessions", "session",
+    "write_config",
+]  # fmt: skip
 
 USER = "root"
 CLIENT_KEY = "id_ed25519"
@@ -25,6 +30,9 @@ KNOWN_HOSTS = "known_hosts"
 CONFIG = "ssh_config"
 HOST_SUFFIX = "-host"  # of the inner host's name there
 CLOSE_DEADLINE = 5.0  # seconds
+FAILED = 255  # the client's own failure; all else is the status of what it ran
+DEATH = 3.0  # seconds that a machine which has cut a session takes to end, at most
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def write_config(folder: Path, alias: str, port: int, host_port: int | None = None) -> None:
@@ -69,6 +77,30 @@ def client_command(folder: Path, command: Sequence[str] = (), *, host: bool = Fa
     name = f"{folder.name}{HOST_SUFFIX}" if host else folder.name
     words = ["ssh", "-F", str(folder / CONFIG), name]
     return [*words, "--", shlex.join(command)] if command else words
+
+
+def session(folder: Folder, command: Sequence[str] = (), *, host: bool = False) -> int:
+    """Have the client run a session, or ``command``, on this terminal; its exit status.
+
+    Signals go to it, so it is for a process that does nothing else. Raises
+    :class:`LostMachineError` when the machine has died under it.
+    """
+    words = client_command(folder.path, command, host=host)
+    received: list[int] = []
+    with subprocess.Popen(["setpriv", "--pdeathsig", "TERM", "--", *words]) as client:
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            received.append(number)
+            client.send_signal(number)
+
+        for number in PASSED_ON:
+            signal.signal(number, pass_on)
+        status = client.wait()
+    if received and status == FAILED:
+        status = -received[0]
+    if status == FAILED and folder.wait_dead(DEATH):
+        running(folder.name)  # says what it has died of
+    return status if status >= 0 else 128 - status
 
 
 def close_sessions(folder: Path) -> None:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import shutil
 import sys
 
 from ..errors import UsageError
 from ..folder import running
-from ..openssh import client_command
+from ..openssh import session
 from ._output import strip_dashes
 
 NO_DEADLINE = 86400.0 * 365  # seconds
@@ -28,9 +27,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no command: qvis exec NAME -- CMD [ARG...]")
     folder = running(args.name)
     if shutil.which("ssh"):
-        # OpenSSH's client passes the command's exit status on; 255 is its own failure.
-        command = client_command(folder.path, words)
-        os.execvp(command[0], command)
+        return session(folder, words)
     return _without_openssh(args.name, shlex.join(words))
 
 

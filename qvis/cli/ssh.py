@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 
 from ..errors import InfraError, UsageError
 from ..folder import MACHINE, running
-from ..openssh import client_command
+from ..openssh import session
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +22,6 @@ def run(args: argparse.Namespace) -> int:
     folder = running(args.name)
     if args.host and (folder.read(MACHINE) or {}).get("host_ssh_port") is None:
         raise UsageError(f"machine {args.name!r} has no inner host: --backend nested has one")
-    command = client_command(folder.path, host=args.host)
-    if not shutil.which(command[0]):
+    if not shutil.which("ssh"):
         raise InfraError("a shell needs OpenSSH's client: install openssh-client")
-    os.execvp(command[0], command)
+    return session(folder, host=args.host)

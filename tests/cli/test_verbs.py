@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -141,3 +142,21 @@ def test_backend_that_does_not_work(cli: Cli) -> None:
     done = cli("up", "--backend", "kvm")
     assert done.returncode == qvis.InfraError.exit_code
     assert "backend kvm does not work here: " in done.stderr
+
+
+def test_exec_says_that_its_guest_has_died(cli: Cli) -> None:
+    with qvis.up(backend="tcg", transport="msi", smp=1) as vm:
+        done = cli("exec", vm.name, "--", "sh", "-c", "echo c > /proc/sysrq-trigger")
+        assert done.returncode == qvis.LostMachineError.exit_code
+        assert "the guest panicked: sysrq triggered crash" in done.stderr
+
+
+def test_a_signal_to_exec_ends_it(vm: Machine) -> None:
+    with subprocess.Popen(
+        ["qvis", "exec", vm.name, "--", "sh", "-c", "echo up; exec sleep 1000"],
+        stdout=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout
+        assert child.stdout.readline() == "up\n"
+        child.terminate()
+        assert child.wait(20) == 128 + signal.SIGTERM
