@@ -6,43 +6,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qvis.cli import main
 from qvis.errors import BootError, BuildError, InfraError, LostMachineError, QvisError
 from qvis.experiments import bisect as bisecting
 from qvis.experiments import gate
 from qvis.experiments.gate import Cell
 from qvis.trace.store import Trace
+from tests.cli.conftest import Cli
 from tests.experiments.test_gate import MASK, NOTIFY, Rows
 
-Cli = Callable[..., subprocess.CompletedProcess[str]]
 STATUS = Cell("blk0", "InterruptStatus", "read", "interrupt status", "access", "", "")
 TIMER = Cell("LAPIC", "TimerInitial", "write", "timer", "access", "", "")
 SMALL = ("--backend", "tcg", "--op", "interrupt", "--op", "mask", "--transports", "intx")
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """`qvis` in this process."""
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        status = main(list(words))
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, said.out, said.err)
-
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def cli(in_process: Cli) -> Cli:
+    return in_process
 
 
 class Guests:

@@ -6,19 +6,16 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qvis
-from qvis.cli import main
 from qvis.trace.store import Trace
+from tests.cli.conftest import Cli
 
-Cli = Callable[..., subprocess.CompletedProcess[str]]
 REQUESTS = 40
 
 
@@ -41,20 +38,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """`qvis` in this process: starting one for each of so many lines would take a minute."""
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        status = main(list(words))
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, said.out, said.err)
-
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def cli(in_process: Cli) -> Cli:
+    return in_process
 
 
 @pytest.fixture
