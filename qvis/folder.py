@@ -104,7 +104,24 @@ class Folder:
         if not self.wait_dead(patience):
             return ""
         words = levels.failure(self.path)
-        return f": {words.message}" if words else ""
+        return f": {words.message if words else self._end()}"
+
+    def _end(self) -> str:
+        """How its process ended, where no console tells why."""
+        record = self.read(EXIT)
+        if not self.path.exists():
+            return "it was taken down"
+        if record is None:
+            return "its keeper was killed"
+        program = (self.read(LAUNCH) or {}).get("program", "its process")
+        status = record["status"]
+        if record["asked"]:
+            return f"{program} was told to end"
+        if status < 0:
+            return f"{program} was killed by signal {-status}"
+        if status > 0:
+            return f"{program} ended with status {status}"
+        return f"{levels.died(self.path).name} shut down"
 
     @property
     def keeper(self) -> int | None:

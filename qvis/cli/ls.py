@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .. import levels
 from ..folder import EXIT, MACHINE, Folder, folders
 from ._output import print_json, print_table
 
@@ -31,7 +32,7 @@ def _state(folder: Folder) -> str:
     if folder.alive:
         return "running" if folder.read(MACHINE) else "starting"
     status = (folder.read(EXIT) or {}).get("status")
-    if status is None or folder.obituary():
+    if status is None or levels.failure(folder.path):
         return "died"
     return "shut down" if status == 0 else f"died (status {status})"
 

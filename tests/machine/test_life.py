@@ -234,6 +234,15 @@ def test_those_who_look_do_not_hold(tmp_path: Path) -> None:
     assert not any(answers)
 
 
+def test_it_is_told_how_a_machine_ended(boot: Callable[..., Machine]) -> None:
+    killed, shut_down = boot(transport="intx", smp=1), boot(transport="intx", smp=1)
+    assert killed.folder.keeper is not None
+    os.kill(killed.folder.keeper, signal.SIGKILL)
+    assert killed.folder.obituary(5) == ": its keeper was killed"
+    shut_down.ssh.run("(sleep 0.2; poweroff -f) > /dev/null 2>&1 &")
+    assert shut_down.folder.obituary(30) == ": the guest shut down"
+
+
 def test_killed_machine_is_noticed(boot: Callable[..., Machine], cli: Cli) -> None:
     vm = boot(transport="intx", smp=1)
     vm.detach()
@@ -243,7 +252,8 @@ def test_killed_machine_is_noticed(boot: Callable[..., Machine], cli: Cli) -> No
     assert [m["state"] for m in listed if m["name"] == vm.name] == ["died (status -9)"]
     refused = cli("exec", vm.name, "--", "true")
     assert refused.returncode == qvis.LostMachineError.exit_code
-    assert "is not running any more" in refused.stderr
+    assert "is not running any more: " in refused.stderr
+    assert " was killed by signal 9; " in refused.stderr
     assert "Linux version" in cli("logs", vm.name).stdout
     assert cli("down", vm.name).returncode == 0
 
