@@ -30,7 +30,7 @@ class Load:
 
 def queue_cpus(shell: Shell, disk: str = "vda") -> dict[int, frozenset[int]]:
     """Which CPUs submit through which of ``disk``'s queues (blk-mq's map)."""
-    listing = shell.run(f"cd /sys/block/{disk}/mq && grep . */cpu_list").stdout
+    listing = shell.run(f"cd /sys/block/{disk}/mq && grep -H . */cpu_list").stdout
     return {
         int(path.split("/")[0]): parse_cpus(cpus)
         for path, _, cpus in (line.partition(":") for line in listing.splitlines())
