@@ -25,7 +25,7 @@ __all__ = ["Kvm", "check_platform", "kvm_accelerator", "vis_in_kvm"]
 DEVICE = Path("/dev/kvm")
 KVM_GET_API_VERSION = 0xAE00  # _IO(KVMIO, 0x00), Documentation/virt/kvm/api.rst 4.1
 KVM_CHECK_EXTENSION = 0xAE03  # _IO(KVMIO, 0x03), 4.4
-KVM_CAP_VIRTIO_VIS = 245  # of the series "kvm"
+KVM_CAP_VIRTIO_VIS = 5000  # of the series "kvm", until Linux gives it a number
 KVM_CREATE_VM = 0xAE01  # _IO(KVMIO, 0x01), 4.2
 API_VERSION = 12  # the only one there has been since Linux 2.6.22
 

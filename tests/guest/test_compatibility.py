@@ -65,7 +65,7 @@ class Offering(Tcg):
 
 def test_patched_guest_on_unpatched_qemu() -> None:
     artifacts = replace(build_all(), qemu=build_qemu(patched=False))
-    # As released it can lose an EOI while another vCPU maps BARs ("physmem: keep a vCPU's..."),
+    # As released it can lose an EOI while another vCPU maps BARs ("physmem: keep the view..."),
     # so over PCI there is no other.
     for transport, smp in ((qvis.Transport.INTX, 2), (qvis.Transport.PCI, 1)):
         with qvis.up(backend=Tcg(artifacts), transport=transport, smp=smp, queues=smp) as vm:

@@ -25,7 +25,7 @@ wait
 
 
 def test_no_eoi_is_lost_while_registers_move() -> None:
-    """Else a vCPU takes no more of them ("physmem: keep a vCPU's..." of patches/qemu)."""
+    """Else a vCPU takes no more of them ("physmem: keep the view..." of patches/qemu)."""
     with qvis.up(backend="tcg", transport="pci", smp=4, queues=4) as vm:
         vm.irqs.spread()
         done = vm.ssh.run(MEDDLE, deadline=60)
