@@ -89,6 +89,17 @@ def _sources(manifest: Manifest) -> dict[int, tuple[str, str]]:
     return {irq.irq: (irq.device, irq.source) for irq in manifest.irqs}
 
 
+def _places(manifest: Manifest) -> tuple[Ints, Ints]:
+    """The vectors that were one interrupt's all the time, in order, and whose each was."""
+    at: dict[int, set[int]] = {}
+    for irq in manifest.irqs:
+        if irq.cpu is not None and irq.vector is not None:
+            at.setdefault(irq.cpu << 8 | irq.vector, set()).add(irq.irq)
+    places = [(key, *irqs) for key, irqs in sorted(at.items()) if len(irqs) == 1]
+    keys, irqs = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    return keys, irqs
+
+
 class _Decoder:
     """Addresses to registers: all maps of a machine laid out one after the other, byte by byte."""
 
@@ -199,6 +210,7 @@ class _State:
 
     decoder: _Decoder
     sources: dict[int, tuple[str, str]]
+    places: tuple[Ints, Ints]
     live: dict[int, bool]  # by device: its driver is at work
     selected: dict[int, int] = field(default_factory=dict)  # by IOAPIC: IOREGSEL
     pin: dict[int, int] = field(default_factory=dict)  # by IOAPIC: whose high word came last
@@ -212,7 +224,7 @@ class _State:
         from_boot = manifest.command is None
         # From boot on no device has a driver yet; else those that we see started had one.
         live = dict.fromkeys(decoder.virtio, not from_boot)
-        return cls(decoder, _sources(manifest), live)
+        return cls(decoder, _sources(manifest), _places(manifest), live)
 
     def attribute(self, held: pl.DataFrame, given: int, until: int) -> pl.DataFrame:
         """The rows from ``given`` to ``until``; those around them are there to be looked at."""
@@ -327,12 +339,23 @@ class _State:
         handler = np.flatnonzero(rows.role("handler") & (groups.start != NONE))
         irqs = np.full(rows.count, NONE)
         irqs[groups.start[handler[::-1]]] = rows.value[handler[::-1]]  # the first one stays
+        # A reader that sees no handlers, as KVM's, has the vector.
+        unknown = delivered[irqs[delivered] == NONE]
+        irqs[unknown] = self._irq_at(rows.key[unknown])
         irq[groups.members] = irqs[groups.start[groups.members]]
         for raised, start in _raises(rows, delivered):
             number[raised], irq[raised] = ids[start], irqs[start]
         for ended, start in _ends(rows, cause, groups):
             number[ended], irq[ended] = ids[start], irqs[start]
         return number, irq
+
+    def _irq_at(self, key: Ints) -> Ints:
+        """Linux's numbers of the interrupts with these vectors, or NONE."""
+        keys, irqs = self.places
+        if not len(keys):
+            return np.full(len(key), NONE)
+        at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+        return np.where(keys[at] == key, irqs[at], NONE)
 
     def _with_interrupts(
         self, frame: pl.DataFrame, rows: _Rows, number: Ints, irq: Ints
@@ -372,6 +395,7 @@ class _Rows:
         self.address = _signed(frame["address"])
         self.value = _signed(frame["value"])
         self.vector = frame["vector"].cast(pl.Int64).fill_null(NONE).to_numpy()
+        self.key = self.vcpu.astype(np.int64) << 8 | self.vector  # a vector of a vCPU
         self.function = frame["function"]
 
     def __getitem__(self, part: slice) -> _Rows:
@@ -422,8 +446,7 @@ def _raises(rows: _Rows, delivered: Ints) -> Iterator[tuple[Ints, Ints]]:
     raised = np.flatnonzero(rows.is_kind(Kind.RAISE) & (rows.vector != NONE))
     if not len(raised) or not len(delivered):
         return
-    key = rows.vcpu.astype(np.int64) << 8 | rows.vector
-    after = _join(raised, key[raised], delivered, key[delivered], "forward")
+    after = _join(raised, rows.key[raised], delivered, rows.key[delivered], "forward")
     found = (after != NONE) & (rows.time[after] - rows.time[raised] <= NEAR)
     # One raise, one delivery. Those that follow the first find it pending still and change nothing.
     claimed, first = np.unique(after[found], return_index=True)

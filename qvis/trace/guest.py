@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ..errors import GuestError, UsageError
 from ..guest.interrupts import Shell
@@ -12,20 +13,23 @@ from .model import Space
 from .store import Irq, Region
 from .symbols import TEXT, Symbols
 
-__all__ = ["INTERRUPTS", "irqs", "kernel_moved"]
+__all__ = ["INTERRUPTS", "irqs", "kernel_moved", "meanwhile"]
 
 KERNEL = f"hexdump -v -e '1/1 \"%02x\"' /sys/kernel/notes; echo; grep -w {TEXT} /proc/kallsyms"
-# Which interrupts virtio devices have, and where each device's registers are: a
-# platform device's in /proc/iomem, a PCI function's in its resource file.
+# Which interrupts virtio devices have, where each device's registers are (a platform
+# device's in /proc/iomem, a PCI function's in its resource file), and which vector of which CPU
+# each interrupt has, if the kernel has CONFIG_GENERIC_IRQ_DEBUGFS.
 INTERRUPTS = (
     "grep virtio /proc/interrupts; cd /sys/bus/virtio/devices; "
     'for d in *; do p=$(readlink -f $d/..); echo "= $d ${p##*/}"; '
-    "grep -s '^0x0*[1-9a-f]' $p/resource; done; grep -v PCI /proc/iomem"
+    "grep -s '^0x0*[1-9a-f]' $p/resource; done; "
+    "grep -sH 'Vector:\\|Target:' /sys/kernel/debug/irq/irqs/*; grep -v PCI /proc/iomem"
 )
 # An ELF note of owner "GNU", type 3: sizes, type, name, then 20 bytes (elf(5)).
 BUILD_ID = re.compile("040000001400000003000000474e5500([0-9a-f]{40})")
 ROW = re.compile(r"^\s*(\d+):.*?((?:virtio\d+\S*(?:,\s+)?)+)\s*$", re.MULTILINE)
 ACTION = re.compile(r"(virtio\d+)(?:-([^\s,]+))?")
+PLACE = re.compile(r"^/sys/kernel/debug/irq/irqs/(\d+): *(Vector|Target): +(\d+)", re.MULTILINE)
 DEVICE = re.compile(r"^= (virtio\d+) (\S+)\s*$((?:\s^0x.*$)*)", re.MULTILINE)
 
 
@@ -54,12 +58,25 @@ def kernel_moved(shell: Shell, symbols: Symbols) -> int:
 
 def irqs(text: str, regions: Iterable[Region]) -> list[Irq]:
     """What :data:`INTERRUPTS` printed, with the devices' names in ``regions``."""
-    names = dict(_device_names(text.replace("\r", ""), list(regions)))
+    text = text.replace("\r", "")
+    names = dict(_device_names(text, list(regions)))
+    places = {(int(irq), what): int(value) for irq, what, value in PLACE.findall(text)}
     return [
-        Irq(int(number), names.get(device, device), source)
-        for number, actions in ROW.findall(text.replace("\r", ""))
+        Irq(irq, names.get(device, device), source,
+            places.get((irq, "Target")), places.get((irq, "Vector")))
+        for irq, actions in ((int(number), actions) for number, actions in ROW.findall(text))
         for device, source in ACTION.findall(actions)
-    ]
+    ]  # fmt: skip
+
+
+def meanwhile(before: Iterable[Irq], after: Iterable[Irq]) -> tuple[Irq, ...]:
+    """Those that there were at either time; with a place if it was the same at both."""
+    known = {irq.irq: irq for irq in before}
+    stayed = set(known.values()) & set(after)
+    known |= {irq.irq: irq for irq in after}
+    return tuple(
+        irq if irq in stayed else replace(irq, cpu=None, vector=None) for irq in known.values()
+    )
 
 
 def _device_names(text: str, regions: list[Region]) -> Iterable[tuple[str, str]]:

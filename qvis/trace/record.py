@@ -25,7 +25,7 @@ from ..progress import step
 from .attribution import attribute
 from .devices import regions
 from .export import disk_full
-from .guest import INTERRUPTS, irqs
+from .guest import INTERRUPTS, irqs, meanwhile
 from .model import Clock
 from .sources import BOOTS, READERS, BootSource, Source, open_source
 from .store import EVENTS, RAW, Manifest, Provenance, Trace
@@ -120,8 +120,7 @@ def recording(
         with contextlib.suppress(GuestError, LostMachineError):
             said = machine.ssh.run(INTERRUPTS).stdout if machine.folder.alive else ""
             now = irqs(said, manifest.regions)
-            known = {irq.irq: irq for irq in (*manifest.irqs, *now)}
-            manifest = dataclasses.replace(manifest, irqs=tuple(known.values()))
+            manifest = dataclasses.replace(manifest, irqs=meanwhile(manifest.irqs, now))
         session.trace = _finish(Trace(output, manifest))
 
 
@@ -194,7 +193,7 @@ def record_boot(
         seconds=time.monotonic() - begin,
         partial=tuple(partial),
         regions=tuple(mapped),
-        irqs=tuple(irqs(said, mapped)),
+        irqs=meanwhile((), irqs(said, mapped)),
     )
     return _finish(Trace(output, manifest)), GuestError.exit_code if status is None else status
 

@@ -94,6 +94,9 @@ class Irq:
     irq: int
     device: str  # as in Region
     source: str  # "req.1", "config", or "" for a line that serves the whole device
+    # Where it was delivered all the time, as far as is known.
+    cpu: int | None = None
+    vector: int | None = None
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ def test_each_request_is_one_notification_and_one_interrupt(
         arrived = trace.events().filter(pl.col("kind") == Kind.RAISE, pl.col("vcpu") == 1)
         vectors = arrived.group_by("vector").len().filter(pl.col("len") == REQUESTS).collect()
         assert len(vectors) == 1
+        of_queue = pl.col("device") == "blk0", pl.col("source") == "req.1"
+        for kind in (Kind.RAISE, Kind.DELIVER):
+            came = trace.events().filter(pl.col("kind") == kind, *of_queue).collect()
+            assert (len(came), set(came["vector"])) == (REQUESTS, set(vectors["vector"]))
     assert nested.host is not None
     assert nested.host.run("ls /sys/kernel/tracing/instances").stdout == ""
 

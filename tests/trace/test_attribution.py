@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import polars as pl
 import pytest
 
 from qvis.trace.attribution import NEAR, attribute
+from qvis.trace.guest import irqs, meanwhile
 from qvis.trace.model import SCHEMA, Kind, Space
 from qvis.trace.store import Irq, Manifest, Region
 
@@ -38,6 +40,9 @@ IRQS = (
     Irq(57, "blk0", "req.0"),
     Irq(58, "blk0", "req.1"),
     Irq(11, "nic0", ""),
+    Irq(59, "blk0", "req.2", cpu=1, vector=40),
+    Irq(60, "blk0", "req.3", cpu=1, vector=41),
+    Irq(61, "nic0", "input.0", cpu=1, vector=41),
 )
 SELECT, WINDOW = 0x00, 0x10
 MASKED = 1 << 16
@@ -704,3 +709,38 @@ def test_no_regions_at_all() -> None:
     bare = Manifest(provenance(), "vm1", "true", 0, 0.0, 1.0)
     found = pl.concat(list(attribute([rows.frame()], bare)))
     assert found["cause"].to_list() == ["other", "EOI"]
+
+
+def test_a_vector_tells_the_interrupt_where_no_handler_is_seen() -> None:
+    rows = Rows()
+    for vcpu, vector in ((1, 40), (0, 40), (1, 41)):
+        rows.add(Kind.RAISE, vcpu, vector=vector)
+        rows.add(Kind.DELIVER, vcpu, vector=vector)
+    seen = rows.edge(57, 40, vcpu=1)
+    frame = rows.attributed()
+    named = ("device", "source", "irq")
+    assert cells(frame[:2], *named) == [("blk0", "req.2", 59)] * 2
+    # Of another vCPU; of two interrupts, one after the other; of another by its handler.
+    assert cells(frame[2:6], *named) == [(None, None, None)] * 4
+    assert cells(frame[seen["deliver"]], *named) == [("blk0", "req.0", 57)]
+
+
+def test_a_vector_that_did_not_stay_tells_nothing() -> None:
+    stayed, moved, gone, new = (Irq(n, "blk0", f"req.{n}", cpu=0, vector=33 + n) for n in range(4))
+    after = (stayed, dataclasses.replace(moved, cpu=1), new)
+    found = {irq.irq: (irq.cpu, irq.vector) for irq in meanwhile((stayed, moved, gone), after)}
+    nothing = (None, None)
+    assert found == {0: (0, 33), 1: nothing, 2: nothing, 3: nothing}
+
+
+def test_the_guest_tells_where_its_interrupts_are_delivered() -> None:
+    text = """ 57:  3  0  MMIO-MSI-LNRO0005:00   1-edge      virtio0-req.0
+ 58:  0  7  MMIO-MSI-LNRO0005:00   2-edge      virtio0-req.1
+/sys/kernel/debug/irq/irqs/4:     Vector:    33
+/sys/kernel/debug/irq/irqs/57:     Vector:    34
+/sys/kernel/debug/irq/irqs/57:     Target:     1
+"""
+    assert irqs(text, ()) == [
+        Irq(57, "virtio0", "req.0", cpu=1, vector=34),
+        Irq(58, "virtio0", "req.1"),
+    ]
