@@ -177,12 +177,10 @@ def unit_test_list(config: str) -> list[Test]:
         if facts.get("arch") == "i386" or {"nodefault", "vmx", "pmu"} & set(groups):
             continue
         arguments = facts.get("test_args", "").strip("'\"")
-        # Without the device this one hangs; QEMU had better refuse it.
-        testdev = "-device pc-testdev" if name == "ioapic" else "$TESTDEV"
         command = (
             "exec /qvis/qemu -L /qvis/firmware -M q35,accel=kvm -no-reboot -nodefaults"
             " -display none -vga none -serial stdio -global kvm-pit.lost_tick_policy=discard"
-            f" {testdev} -device isa-debug-exit,iobase=0xf4,iosize=0x4"
+            " -device pc-testdev -device isa-debug-exit,iobase=0xf4,iosize=0x4"
             f" -kernel {facts['file']} -smp {facts.get('smp', '1')}"
         )
         if arguments:

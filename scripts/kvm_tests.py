@@ -120,21 +120,10 @@ def _multiboot() -> list[Path]:
     raise BuildError(f"no multiboot_dma.bin in {', '.join(map(str, FIRMWARE_PATH))}")
 
 
-def script(tests: Iterable[Test], testdev: bool) -> bytes:
+def script(tests: Iterable[Test]) -> bytes:
     """The list of tests as the inner host's init reads it."""
-    lines = [f"export TESTDEV='{'-device pc-testdev' if testdev else ''}'"]
-    for test in tests:
-        words = ["t", test.name, f"{test.deadline:.0f}", test.command]
-        lines.append(shlex.join(words))
+    lines = [shlex.join(["t", test.name, f"{test.deadline:.0f}", test.command]) for test in tests]
     return pack([Entry.file(f"{PLACE}/run", "\n".join([*lines, ""]).encode())])
-
-
-def _has_testdev(qemu: QemuBuild) -> bool:
-    """Whether this QEMU has the device by which unit tests pull lines of interrupt controllers."""
-    listing = subprocess.run(
-        [qemu.binary, "-device", "help"], capture_output=True, timeout=60, check=True
-    )
-    return b'"pc-testdev"' in listing.stdout
 
 
 class Host:
@@ -166,7 +155,7 @@ class Host:
         for log in (self._console, self._output):
             log.write_bytes(b"")
         initrd = self._folder / "initrd"
-        initrd.write_bytes(self._base + script(tests, _has_testdev(self._qemu)))
+        initrd.write_bytes(self._base + script(tests))
         command: list[str | Path] = [
             self._qemu.binary, "-L", self._qemu.firmware,
             "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max",

@@ -33,3 +33,5 @@ CONFIG_VIRTIO_SCSI=y
 CONFIG_VIRTIO_BALLOON=y
 # What QEMU's own tests of translated code print to, and how they end.
 CONFIG_ISA_DEBUG=y
+# A port by which kvm-unit-tests pull lines of interrupt controllers.
+CONFIG_ISA_TESTDEV=y
