@@ -90,13 +90,13 @@ def _sources(manifest: Manifest) -> dict[int, tuple[str, str]]:
 
 
 def _places(manifest: Manifest) -> tuple[Ints, Ints]:
-    """The vectors that were one interrupt's all the time, in order, and whose each was."""
-    at: dict[int, set[int]] = {}
-    for irq in manifest.irqs:
-        if irq.cpu is not None and irq.vector is not None:
-            at.setdefault(irq.cpu << 8 | irq.vector, set()).add(irq.irq)
-    places = [(key, *irqs) for key, irqs in sorted(at.items()) if len(irqs) == 1]
-    keys, irqs = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    """The vectors that were an interrupt's all the time, in order, and whose each was."""
+    places = {
+        irq.cpu << 8 | irq.vector: irq.irq
+        for irq in manifest.irqs
+        if irq.cpu is not None and irq.vector is not None
+    }
+    keys, irqs = np.array(sorted(places.items()), dtype=np.int64).reshape(-1, 2).T
     return keys, irqs
 
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..errors import GuestError, UsageError
@@ -13,20 +14,21 @@ from .model import Space
 from .store import Irq, Region
 from .symbols import TEXT, Symbols
 
-__all__ = ["INTERRUPTS", "irqs", "kernel_moved", "meanwhile"]
+__all__ = ["INTERRUPTS", "PLACES", "irqs", "kernel_moved", "meanwhile"]
 
 KERNEL = f"hexdump -v -e '1/1 \"%02x\"' /sys/kernel/notes; echo; grep -w {TEXT} /proc/kallsyms"
-# Which interrupts virtio devices have, where each device's registers are (a platform
-# device's in /proc/iomem, a PCI function's in its resource file), and which vector of which CPU
-# each interrupt has, if the kernel has CONFIG_GENERIC_IRQ_DEBUGFS.
+# Which interrupts there are, which of them virtio devices have, and where each device's
+# registers are: a platform device's in /proc/iomem, a PCI function's in its resource file.
 INTERRUPTS = (
-    "grep virtio /proc/interrupts; cd /sys/bus/virtio/devices; "
+    "grep '^ *[0-9]' /proc/interrupts; cd /sys/bus/virtio/devices; "
     'for d in *; do p=$(readlink -f $d/..); echo "= $d ${p##*/}"; '
-    "grep -s '^0x0*[1-9a-f]' $p/resource; done; "
-    "grep -sH 'Vector:\\|Target:' /sys/kernel/debug/irq/irqs/*; grep -v PCI /proc/iomem"
+    "grep -s '^0x0*[1-9a-f]' $p/resource; done; grep -v PCI /proc/iomem"
 )
+# The same, and which vector of which CPU each has (CONFIG_GENERIC_IRQ_DEBUGFS).
+PLACES = f"grep -sH 'Vector:\\|Target:' /sys/kernel/debug/irq/irqs/*; {INTERRUPTS}"
 # An ELF note of owner "GNU", type 3: sizes, type, name, then 20 bytes (elf(5)).
 BUILD_ID = re.compile("040000001400000003000000474e5500([0-9a-f]{40})")
+COUNTS = re.compile(r"^ *(\d+):((?: +\d+)+) ", re.MULTILINE)
 ROW = re.compile(r"^\s*(\d+):.*?((?:virtio\d+\S*(?:,\s+)?)+)\s*$", re.MULTILINE)
 ACTION = re.compile(r"(virtio\d+)(?:-([^\s,]+))?")
 PLACE = re.compile(r"^/sys/kernel/debug/irq/irqs/(\d+): *(Vector|Target): +(\d+)", re.MULTILINE)
@@ -56,30 +58,61 @@ def kernel_moved(shell: Shell, symbols: Symbols) -> int:
     return loaded - symbols.addresses[TEXT]
 
 
-def irqs(text: str, regions: Iterable[Region]) -> list[Irq]:
+def irqs(text: str, regions: Sequence[Region]) -> list[Irq]:
     """What :data:`INTERRUPTS` printed, with the devices' names in ``regions``."""
     text = text.replace("\r", "")
-    names = dict(_device_names(text, list(regions)))
-    places = {(int(irq), what): int(value) for irq, what, value in PLACE.findall(text)}
+    names = dict(_device_names(text, regions))
     return [
-        Irq(irq, names.get(device, device), source,
-            places.get((irq, "Target")), places.get((irq, "Vector")))
-        for irq, actions in ((int(number), actions) for number, actions in ROW.findall(text))
+        Irq(int(number), names.get(device, device), source)
+        for number, actions in ROW.findall(text)
         for device, source in ACTION.findall(actions)
-    ]  # fmt: skip
+    ]
 
 
-def meanwhile(before: Iterable[Irq], after: Iterable[Irq]) -> tuple[Irq, ...]:
-    """Those that there were at either time; with a place if it was the same at both."""
-    known = {irq.irq: irq for irq in before}
-    stayed = set(known.values()) & set(after)
-    known |= {irq.irq: irq for irq in after}
+def meanwhile(before: str, after: str, regions: Sequence[Region]) -> tuple[Irq, ...]:
+    """The interrupts of two answers to :data:`PLACES`, each with its place if it has kept it.
+
+    It may have been moved away and back. So it must have come to its own CPU only, and there
+    none that did not stay itself: that one may have had the vector meanwhile.
+    """
+    were, now = irqs(before, regions), irqs(after, regions)
+    old, new = _places(before), _places(after)
+    came = _came(before, after)
+    stayed = {irq: at for irq, at in new.items() if old.get(irq) == at and came[irq] <= {at[0]}}
+    visited = {cpu for irq in new.keys() - stayed.keys() for cpu in came[irq]}
+    kept = {irq: at for irq, at in stayed.items() if at[0] not in visited}
+    there = {irq.irq for irq in now}
     return tuple(
-        irq if irq in stayed else replace(irq, cpu=None, vector=None) for irq in known.values()
+        replace(irq, cpu=kept[irq.irq][0], vector=kept[irq.irq][1]) if irq.irq in kept else irq
+        for irq in (*(irq for irq in were if irq.irq not in there), *now)
     )
 
 
-def _device_names(text: str, regions: list[Region]) -> Iterable[tuple[str, str]]:
+def _places(text: str) -> dict[int, tuple[int, int]]:
+    """The CPU and the vector of each interrupt that has them."""
+    found = {(int(irq), what): int(value) for irq, what, value in PLACE.findall(text)}
+    return {
+        irq: (cpu, found[irq, "Vector"])
+        for (irq, what), cpu in found.items()
+        if what == "Target" and (irq, "Vector") in found
+    }
+
+
+def _came(before: str, after: str) -> defaultdict[int, set[int]]:
+    """To which CPUs each interrupt came between two answers; since it began if it is new."""
+    old, new = (
+        {int(irq): [int(count) for count in counts.split()] for irq, counts in COUNTS.findall(text)}
+        for text in (before, after)
+    )
+    came: defaultdict[int, set[int]] = defaultdict(set)
+    for irq, counts in new.items():
+        earlier = old.get(irq, [0] * len(counts))
+        came[irq] = {cpu for cpu, pair in enumerate(zip(earlier, counts, strict=False))
+                     if pair[0] != pair[1]}  # fmt: skip
+    return came
+
+
+def _device_names(text: str, regions: Sequence[Region]) -> Iterable[tuple[str, str]]:
     """Linux's name of each virtio device ("virtio0"), and the machine's."""
     for virtio, parent, resource in DEVICE.findall(text):
         at = re.search(rf"^\s*([0-9a-f]+)-[0-9a-f]+ : {re.escape(parent)}$", text, re.MULTILINE)

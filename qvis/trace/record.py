@@ -25,7 +25,7 @@ from ..progress import step
 from .attribution import attribute
 from .devices import regions
 from .export import disk_full
-from .guest import INTERRUPTS, irqs, meanwhile
+from .guest import INTERRUPTS, PLACES, irqs, meanwhile
 from .model import Clock
 from .sources import BOOTS, READERS, BootSource, Source, open_source
 from .store import EVENTS, RAW, Manifest, Provenance, Trace
@@ -91,7 +91,8 @@ def recording(
     raw = _make(output)
     try:
         source = open_source(machine, raw, vmlinux)
-        trace = Trace(output, _manifest(machine, source, command))
+        before = machine.ssh.run(PLACES).stdout
+        trace = Trace(output, _manifest(machine, source, command, before))
         trace.write_manifest()
         source.start()
     except BaseException:
@@ -118,9 +119,9 @@ def recording(
         )
         # Once more: a device that was bound anew has other interrupts now.
         with contextlib.suppress(GuestError, LostMachineError):
-            said = machine.ssh.run(INTERRUPTS).stdout if machine.folder.alive else ""
-            now = irqs(said, manifest.regions)
-            manifest = dataclasses.replace(manifest, irqs=meanwhile(manifest.irqs, now))
+            after = machine.ssh.run(PLACES).stdout if machine.folder.alive else ""
+            kept = meanwhile(before, after, manifest.regions)
+            manifest = dataclasses.replace(manifest, irqs=kept)
         session.trace = _finish(Trace(output, manifest))
 
 
@@ -193,7 +194,7 @@ def record_boot(
         seconds=time.monotonic() - begin,
         partial=tuple(partial),
         regions=tuple(mapped),
-        irqs=meanwhile((), irqs(said, mapped)),
+        irqs=tuple(irqs(said, mapped)),
     )
     return _finish(Trace(output, manifest)), GuestError.exit_code if status is None else status
 
@@ -296,7 +297,7 @@ def _space(place: Path) -> Iterator[None]:
         ) from problem
 
 
-def _manifest(machine: Machine, source: Source, command: str) -> Manifest:
+def _manifest(machine: Machine, source: Source, command: str, said: str) -> Manifest:
     mapped = regions(machine.qmp)
     return Manifest(
         provenance=provenance(machine, source.reader, source.clock),
@@ -307,7 +308,7 @@ def _manifest(machine: Machine, source: Source, command: str) -> Manifest:
         seconds=0.0,
         partial=(NOT_ENDED,),
         regions=tuple(mapped),
-        irqs=tuple(irqs(machine.ssh.run(INTERRUPTS).stdout, mapped)),
+        irqs=tuple(irqs(said, mapped)),
     )
 
 

@@ -94,7 +94,7 @@ class Irq:
     irq: int
     device: str  # as in Region
     source: str  # "req.1", "config", or "" for a line that serves the whole device
-    # Where it was delivered all the time, as far as is known.
+    # Where it was delivered all the time; None: not there, or not known.
     cpu: int | None = None
     vector: int | None = None
 
