@@ -108,20 +108,28 @@ class Folder:
 
     def _end(self) -> str:
         """How its process ended, where no console tells why."""
-        record = self.read(EXIT)
         if not self.path.exists():
             return "it was taken down"
-        if record is None:
-            return "its keeper was killed"
+        record = self.read(EXIT) or {}
         program = (self.read(LAUNCH) or {}).get("program", "its process")
-        status = record["status"]
-        if record["asked"]:
-            return f"{program} was told to end"
-        if status < 0:
-            return f"{program} was killed by signal {-status}"
-        if status > 0:
-            return f"{program} ended with status {status}"
-        return f"{levels.died(self.path).name} shut down"
+        match record.get("status"), record.get("asked"):
+            case int(), True:
+                return f"{program} was told to end"
+            case 0, _:
+                return f"{levels.died(self.path).name} shut down, or {program} was told to end"
+            case int(status), _ if status < 0:
+                return f"{program} was killed by signal {-status}"
+            case int(status), _:
+                return f"{program} ended with status {status}"
+        return "nothing tells how"
+
+    def lost(self) -> LostMachineError:
+        """What to raise where the machine is gone."""
+        name = self.name
+        left = f"; `qvis logs {name}` shows its last words, `qvis down {name}` clears it away"
+        if not self.path.exists():
+            left = ""
+        return LostMachineError(f"machine {name!r} is not running any more{self.obituary()}{left}")
 
     @property
     def keeper(self) -> int | None:
@@ -198,10 +206,7 @@ def running(name: str) -> Folder:
     """
     folder = find(name)
     if not folder.alive:
-        raise LostMachineError(
-            f"machine {name!r} is not running any more{folder.obituary()}; `qvis logs {name}` "
-            f"shows its last words, `qvis down {name}` clears it away"
-        )
+        raise folder.lost()
     if folder.read(MACHINE) is None:
         raise UsageError(f"machine {name!r} is still starting")
     return folder

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from .folder import HOST_SSH_CONTROL, SSH_CONTROL, Folder, running
+from .folder import HOST_SSH_CONTROL, SSH_CONTROL, Folder
 
 __all__ = [
     "CLIENT_KEY", "KNOWN_HOSTS", "USER", "client_command", "close_sessions", "session",
@@ -30,7 +30,7 @@ KNOWN_HOSTS = "known_hosts"
 CONFIG = "ssh_config"
 HOST_SUFFIX = "-host"  # of the inner host's name there
 CLOSE_DEADLINE = 5.0  # seconds
-FAILED = 255  # the client's own failure; all else is the status of what it ran
+FAILED = 255  # when it failed by itself, or what it ran ended so
 DEATH = 3.0  # seconds that a machine which has cut a session takes to end, at most
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -94,12 +94,13 @@ def session(folder: Folder, command: Sequence[str] = (), *, host: bool = False) 
             client.send_signal(number)
 
         for number in PASSED_ON:
-            signal.signal(number, pass_on)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, pass_on)
         status = client.wait()
     if received and status == FAILED:
         status = -received[0]
     if status == FAILED and folder.wait_dead(DEATH):
-        running(folder.name)  # says what it has died of
+        raise folder.lost()
     return status if status >= 0 else 128 - status
 
 

@@ -151,6 +151,19 @@ def test_exec_says_that_its_guest_has_died(cli: Cli) -> None:
         assert "the guest panicked: sysrq triggered crash" in done.stderr
 
 
+def test_exec_says_that_its_machine_was_taken_down(cli: Cli) -> None:
+    with qvis.up(backend="emulated", transport="msi", smp=1) as vm, subprocess.Popen(
+        ["qvis", "exec", vm.name, "--", "sh", "-c", "echo up; sleep 1000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout
+        assert child.stderr
+        assert child.stdout.readline() == "up\n"
+        assert cli("down", vm.name).returncode == 0
+        assert child.wait(20) == qvis.LostMachineError.exit_code
+        assert f"{vm.name!r} is not running any more: it was taken down\n" in child.stderr.read()
+
+
 def test_a_signal_to_exec_ends_it(vm: Machine) -> None:
     with subprocess.Popen(
         ["qvis", "exec", vm.name, "--", "sh", "-c", "echo up; exec sleep 1000"],
