@@ -137,7 +137,11 @@ class Recorder:
     def _open(self) -> None:
         """Connect, and begin to listen."""
         # Whoever comes second would wait until QEMU takes the connection, and be told nothing.
-        self._lock = os.open(self._address.with_name(LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        lock = self._address.with_name(LOCK)
+        try:
+            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except FileNotFoundError as problem:
+            raise LostMachineError("the machine is gone", stage="trace") from problem
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
