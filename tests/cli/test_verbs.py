@@ -162,7 +162,9 @@ def test_exec_says_that_its_machine_was_taken_down(cli: Cli) -> None:
         assert child.stdout.readline() == "up\n"
         assert cli("down", vm.name).returncode == 0
         assert child.wait(20) == qvis.LostMachineError.exit_code
-        assert f"{vm.name!r} is not running any more: it was taken down\n" in child.stderr.read()
+        said = child.stderr.read()
+        # Its folder may be there still.
+        assert re.search("not running any more: (it was taken down|.* was told to end)", said)
 
 
 def test_a_signal_to_exec_ends_it(vm: Machine) -> None:
