@@ -90,7 +90,8 @@ def test_sanitizers_are_there(build: FuzzBuild) -> None:
 def test_trouble_is_reported(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.fuzz.runner.MEMORY", 1)
     with pytest.raises(LostMachineError, match="virtio-mmio-vis-fuzz") as caught:
-        fuzzer.run(TARGETS[0], 10, keep=False)
+        # libFuzzer looks once a second: far more than that takes.
+        fuzzer.run(TARGETS[0], 10_000, keep=False)
     assert any("out-of-memory" in line for line in caught.value.tail)
 
 
